@@ -14,7 +14,17 @@ export function createLogger(options: { name: string; level?: string }): Logger 
       base: { pid: process.pid },
       timestamp: pino.stdTimeFunctions.isoTime,
       redact: {
-        paths: ["*.password", "*.token", "*.secret", "*.authorization", "*.private_key", "*.joinToken", "password", "token", "secret"],
+        paths: [
+          "*.password",
+          "*.token",
+          "*.secret",
+          "*.authorization",
+          "*.private_key",
+          "*.joinToken",
+          "password",
+          "token",
+          "secret",
+        ],
         censor: "[redacted]",
       },
     },
