@@ -163,6 +163,9 @@ export interface HostInventory {
   driverVersion: string;
   cudaVersion: string;
   numaNodes: number;
+  /** Where Prometheus can scrape the agent; absent when it serves no metrics. */
+  metricsPort?: number | undefined;
+  metricsTls?: boolean | undefined;
 }
 
 export interface Disk {
@@ -1369,6 +1372,8 @@ function createBaseHostInventory(): HostInventory {
     driverVersion: "",
     cudaVersion: "",
     numaNodes: 0,
+    metricsPort: undefined,
+    metricsTls: undefined,
   };
 }
 
@@ -1442,6 +1447,12 @@ export const HostInventory: MessageFns<HostInventory> = {
     }
     if (message.numaNodes !== 0) {
       writer.uint32(184).uint32(message.numaNodes);
+    }
+    if (message.metricsPort !== undefined) {
+      writer.uint32(192).uint32(message.metricsPort);
+    }
+    if (message.metricsTls !== undefined) {
+      writer.uint32(200).bool(message.metricsTls);
     }
     return writer;
   },
@@ -1643,6 +1654,22 @@ export const HostInventory: MessageFns<HostInventory> = {
             message.numaNodes = reader.uint32();
             continue;
           }
+          case 24: {
+            if (tag !== 192) {
+              break;
+            }
+
+            message.metricsPort = reader.uint32();
+            continue;
+          }
+          case 25: {
+            if (tag !== 200) {
+              break;
+            }
+
+            message.metricsTls = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1685,6 +1712,8 @@ export const HostInventory: MessageFns<HostInventory> = {
     message.driverVersion = object.driverVersion ?? "";
     message.cudaVersion = object.cudaVersion ?? "";
     message.numaNodes = object.numaNodes ?? 0;
+    message.metricsPort = object.metricsPort ?? undefined;
+    message.metricsTls = object.metricsTls ?? undefined;
     return message;
   },
 };
