@@ -2,7 +2,14 @@
  * PostgreSQL LISTEN/NOTIFY as a hint between replicas. A hint may be lost (reconnect), so every listener
  * also polls, or rereads after `onReconnect`.
  */
-export type NotificationChannel = "desired_state" | "fleet" | "queue" | "outbox" | "events" | "certificates";
+export type NotificationChannel =
+  | "desired_state"
+  | "fleet"
+  | "queue"
+  | "outbox"
+  | "events"
+  | "certificates"
+  | "identity";
 
 export interface Notifications {
   /** Payload: comma-separated ids, at most 7 kB, or "*" for all. */
