@@ -100,9 +100,9 @@ export interface ListEventsOptions {
   readonly order?: "ascending" | "descending";
 }
 
-/** Columns as postgres returns them: int8 comes as text, timestamps as Date. */
+/** Columns as postgres returns them: int8 as number, timestamps as Date. */
 interface StoredEvent {
-  seq: string;
+  seq: number;
   id: string;
   type: string;
   severity: EventRow["severity"];
@@ -128,7 +128,7 @@ export async function listEvents(sql: ISql, options: ListEventsOptions): Promise
     order by ${options.order === "descending" ? sql`seq desc` : sql`seq`}
     limit ${limit}`;
   return rows.map((row) => ({
-    seq: Number(row.seq),
+    seq: row.seq,
     id: row.id,
     type: row.type,
     severity: row.severity,

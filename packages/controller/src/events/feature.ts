@@ -83,37 +83,43 @@ export function createEventFeature(deps: EventDependencies, options: EventFeatur
     help: "Events acknowledged by NATS JetStream.",
     registers: [metrics],
   });
-  new Gauge({
-    name: metricNames.subscribers,
-    help: "Live readers of the event stream.",
-    registers: [metrics],
-    collect() {
-      this.set(stream.subscribers());
-    },
-  });
-  new Gauge({
-    name: metricNames.publishing,
-    help: "1 while this replica's publisher is connected to NATS, else 0.",
-    registers: [metrics],
-    collect() {
-      this.set(sink?.status().state === "publishing" ? 1 : 0);
-    },
-  });
-  new Gauge({
-    name: metricNames.backlog,
-    help: "Events that NATS has not acknowledged; 0 without NATS_URL.",
-    registers: [metrics],
-    async collect() {
-      if (natsUrl === undefined) {
-        this.set(0);
-        return;
-      }
-      // A scrape must not fail because the database is away.
-      const rows = await natsBacklog(sql).catch(() => undefined);
-      if (rows === undefined) this.reset();
-      else this.set(rows);
-    },
-  });
+  metrics.registerMetric(
+    new Gauge({
+      name: metricNames.subscribers,
+      help: "Live readers of the event stream.",
+      registers: [],
+      collect() {
+        this.set(stream.subscribers());
+      },
+    }),
+  );
+  metrics.registerMetric(
+    new Gauge({
+      name: metricNames.publishing,
+      help: "1 while this replica's publisher is connected to NATS, else 0.",
+      registers: [],
+      collect() {
+        this.set(sink?.status().state === "publishing" ? 1 : 0);
+      },
+    }),
+  );
+  metrics.registerMetric(
+    new Gauge({
+      name: metricNames.backlog,
+      help: "Events that NATS has not acknowledged; 0 without NATS_URL.",
+      registers: [],
+      async collect() {
+        if (natsUrl === undefined) {
+          this.set(0);
+          return;
+        }
+        // A scrape must not fail because the database is away.
+        const rows = await natsBacklog(sql).catch(() => undefined);
+        if (rows === undefined) this.reset();
+        else this.set(rows);
+      },
+    }),
+  );
 
   return {
     start() {

@@ -157,11 +157,11 @@ async function storedSeq(manager: JetStreamManager, sql: Sql, streamSeq: number)
 }
 
 async function readCursor(sql: Sql): Promise<number> {
-  const [row] = await sql<{ seq: string }[]>`
+  const [row] = await sql<{ seq: number }[]>`
     insert into event_cursors (name, seq) values (${natsCursorName}, 0)
     on conflict (name) do update set seq = event_cursors.seq
     returning seq`;
-  return Number(row?.seq ?? 0);
+  return row?.seq ?? 0;
 }
 
 async function advanceCursor(sql: Sql, seq: number): Promise<void> {
@@ -335,6 +335,6 @@ export function startNatsSink(options: NatsSinkOptions): NatsSink {
 
 /** Events that NATS has not acknowledged. */
 export async function natsBacklog(sql: Sql): Promise<number> {
-  const [row] = await sql<{ seq: string }[]>`select seq from event_cursors where name = ${natsCursorName}`;
-  return Math.max(0, (await readHead(sql)) - Number(row?.seq ?? 0));
+  const [row] = await sql<{ seq: number }[]>`select seq from event_cursors where name = ${natsCursorName}`;
+  return Math.max(0, (await readHead(sql)) - row?.seq ?? 0);
 }

@@ -18,9 +18,9 @@ export async function sequenceOutbox(
   batchSize: number = sequencerBatchSize,
 ): Promise<{ moved: number; lastSeq: number }> {
   return await sql.begin(async (tx) => {
-    const [cursor] = await tx<{ seq: string }[]>`
+    const [cursor] = await tx<{ seq: number }[]>`
       select seq from event_cursors where name = 'sequence' for update`;
-    const lastSeq = Number(cursor?.seq ?? 0);
+    const lastSeq = cursor?.seq ?? 0;
     const [result] = await tx<{ moved: number }[]>`
       with batch as (
         select id from outbox order by id limit ${batchSize}
@@ -46,6 +46,6 @@ export async function sequenceOutbox(
 
 /** The last `seq` given out. */
 export async function readHead(sql: Sql): Promise<number> {
-  const [row] = await sql<{ seq: string }[]>`select seq from event_cursors where name = 'sequence'`;
-  return Number(row?.seq ?? 0);
+  const [row] = await sql<{ seq: number }[]>`select seq from event_cursors where name = 'sequence'`;
+  return row?.seq ?? 0;
 }
