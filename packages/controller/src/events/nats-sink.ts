@@ -336,5 +336,5 @@ export function startNatsSink(options: NatsSinkOptions): NatsSink {
 /** Events that NATS has not acknowledged. */
 export async function natsBacklog(sql: Sql): Promise<number> {
   const [row] = await sql<{ seq: number }[]>`select seq from event_cursors where name = ${natsCursorName}`;
-  return Math.max(0, (await readHead(sql)) - row?.seq ?? 0);
+  return Math.max(0, (await readHead(sql)) - (row?.seq ?? 0));
 }
