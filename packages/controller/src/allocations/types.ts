@@ -1,7 +1,9 @@
+import type { Allocation, AllocationRequest } from "@palebluedot/shared/allocation-request.ts";
 import type {
   DesiredState,
   ObservedState,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
+import type { AllocationState } from "@palebluedot/shared/vocabulary.ts";
 import type { TransactionSql } from "postgres";
 
 /** What the agent link needs of allocations: the seam between the two features. */
@@ -19,6 +21,50 @@ export interface AllocationAgentPort {
   observe(serverId: string, observed: ObservedState): Promise<void>;
   /** A server's GPUs, conditions, drain flag or approval changed: capacity must be reread. Never throws. */
   capacityChanged(serverIds: readonly string[]): void;
+}
+
+/** Who asks. Every query is filtered by the tenant; administrators and operators see all. */
+export interface AllocationCaller {
+  /** Undefined: bound to no tenant. */
+  readonly tenantId: string | undefined;
+  /** "token:<id>", for events */
+  readonly actor: string;
+  /** Id of the credential, for `created_by`. */
+  readonly tokenId?: string | undefined;
+}
+
+export interface AllocationListQuery {
+  /** 1..500 */
+  readonly limit: number;
+  /** Ids descend: the page after this id (the last one of the page before). */
+  readonly afterId?: string | undefined;
+  readonly states?: readonly AllocationState[] | undefined;
+  readonly serverId?: string | undefined;
+  /** For callers without a tenant. */
+  readonly tenantId?: string | undefined;
+  readonly name?: string | undefined;
+}
+
+/** What REST (and later gRPC) needs of allocations. All throw PlatformError. */
+export interface AllocationService {
+  /**
+   * Durable when it resolves. With a key (1..255 visible characters) a repetition returns the same
+   * allocation with `created: false`. Errors: `idempotency-key-reused` (other body), `tenant-not-found`,
+   * `tenant-required`, `tenant-forbidden`.
+   */
+  create(
+    caller: AllocationCaller,
+    request: AllocationRequest,
+    options?: { readonly idempotencyKey?: string | undefined },
+  ): Promise<{ readonly allocation: Allocation; readonly created: boolean }>;
+  /** Newest first. Full pages until the last: fewer than `limit` items means the end. */
+  list(caller: AllocationCaller, query: AllocationListQuery): Promise<Allocation[]>;
+  /** Error `allocation-not-found`, also for another tenant's. */
+  get(caller: AllocationCaller, id: string): Promise<Allocation>;
+  /** Queued: ends as cancelled. With GPUs: releasing. Already releasing or ended: unchanged. */
+  release(caller: AllocationCaller, id: string): Promise<Allocation>;
+  /** Errors: `lease-too-long`, `allocation-not-live`. */
+  extend(caller: AllocationCaller, id: string, extendSeconds: number): Promise<Allocation>;
 }
 
 export type Tx = TransactionSql;
