@@ -135,25 +135,30 @@ async function ensureStream(manager: JetStreamManager): Promise<number> {
 }
 
 /**
- * How far the stream got beyond the acknowledged cursor: a relay that died between a publish and its
- * acknowledgement finds its event as the last message. Publishes are chained by expected sequence, so
- * everything before the last one is stored too.
+ * How far the stream really is, by its last message; undefined when that tells nothing. It may be ahead of
+ * the acknowledged cursor (a relay died between a publish and its acknowledgement) or behind it (the NATS
+ * server lost what it had acknowledged but not yet written). Publishes are chained by what they expect before
+ * them, so everything before the last one is stored too.
  */
-async function storedSeq(manager: JetStreamManager, sql: Sql, streamSeq: number): Promise<number> {
-  if (streamSeq === 0) return 0;
+async function storedSeq(
+  manager: JetStreamManager,
+  sql: Sql,
+  streamSeq: number,
+): Promise<number | undefined> {
+  if (streamSeq === 0) return undefined;
   let message;
   try {
     message = await manager.streams.getMessage(natsStreamName, { seq: streamSeq });
   } catch (error) {
     // Aged out: nothing to learn.
-    if (error instanceof NatsError && error.api_error?.err_code === 10_037) return 0;
+    if (error instanceof NatsError && error.api_error?.err_code === 10_037) return undefined;
     throw error;
   }
   const seq = Number(message.header.get(natsSeqHeader));
-  if (!Number.isSafeInteger(seq) || seq <= 0) return 0;
+  if (!Number.isSafeInteger(seq) || seq <= 0) return undefined;
   // The id proves that it is this database's history and not another installation's or a lost one.
   const [row] = await sql<{ id: string }[]>`select id from events where seq = ${seq}`;
-  return row?.id === message.header.get("Nats-Msg-Id") ? seq : 0;
+  return row?.id === message.header.get("Nats-Msg-Id") ? seq : undefined;
 }
 
 async function readCursor(sql: Sql): Promise<number> {
@@ -164,15 +169,15 @@ async function readCursor(sql: Sql): Promise<number> {
   return row?.seq ?? 0;
 }
 
-async function advanceCursor(sql: Sql, seq: number): Promise<void> {
-  await sql`update event_cursors set seq = ${seq} where name = ${natsCursorName} and seq < ${seq}`;
+async function writeCursor(sql: Sql, seq: number): Promise<void> {
+  await sql`update event_cursors set seq = ${seq} where name = ${natsCursorName} and seq <> ${seq}`;
 }
 
 /**
  * Publishes the stream to NATS JetStream, each event once and in order.
  *
  * Three guards: `Nats-Msg-Id` (JetStream drops what it saw within its window), the expected last sequence
- * of each publish (a lost or foreign message in between makes all later ones fail instead of leaving a gap,
+ * and id of each publish (a lost or foreign message in between makes all later ones fail instead of leaving a gap,
  * also when two replicas publish at once), and a look at the stream's last message at every start (an event
  * stored whose acknowledgement was lost, also when NATS was away longer than the window).
  *
@@ -217,6 +222,7 @@ export function startNatsSink(options: NatsSinkOptions): NatsSink {
     const acknowledgements = events.map(async (event, index) => {
       const carried = headers();
       carried.set(natsSeqHeader, String(event.seq));
+      const previous = events[index - 1];
       const acknowledgement = await jetstream.publish(
         eventSubject(event.type),
         payloadOf(event, maxPayloadBytes),
@@ -224,7 +230,13 @@ export function startNatsSink(options: NatsSinkOptions): NatsSink {
           msgID: event.id,
           headers: carried,
           timeout: acknowledgeTimeoutMs,
-          expect: { streamName: natsStreamName, lastSequence: streamSeq + index },
+          expect: {
+            streamName: natsStreamName,
+            lastSequence: streamSeq + index,
+            // A foreign message in between shifts the sequences, and a later event could take the place of
+            // one that was refused: the id says who is really before it.
+            ...(previous === undefined ? {} : { lastMsgID: previous.id }),
+          },
         },
       );
       return acknowledgement.duplicate;
@@ -237,7 +249,7 @@ export function startNatsSink(options: NatsSinkOptions): NatsSink {
       .some((result) => result.status === "fulfilled" && result.value);
     const last = events[stored - 1];
     if (last !== undefined) {
-      await advanceCursor(sql, last.seq);
+      await writeCursor(sql, last.seq);
       acknowledgedSeq = last.seq;
       options.onPublished?.(stored);
     }
@@ -256,8 +268,9 @@ export function startNatsSink(options: NatsSinkOptions): NatsSink {
     let streamSeq = await ensureStream(manager);
     let position = await readCursor(sql);
     const stored = await storedSeq(manager, sql, streamSeq);
-    if (stored > position) {
-      await advanceCursor(sql, stored);
+    if (stored !== undefined && stored !== position) {
+      log.info({ cursor: position, stored }, "the NATS stream's end is not where it was left; it counts");
+      await writeCursor(sql, stored);
       position = stored;
     }
     acknowledgedSeq = position;
