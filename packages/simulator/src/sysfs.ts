@@ -1,0 +1,29 @@
+/** A small sysfs tree for a simulated server: DMI, network cards and GPU NUMA nodes. */
+import { mkdirSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import type { ServerDescription } from "./nvidia-smi/state.ts";
+import type { SimulatedIdentity } from "./server.ts";
+
+/** Writes the tree under `root` (which stands for /sys). */
+export function writeSysfs(root: string, server: ServerDescription, identity: SimulatedIdentity): void {
+  const put = (path: string, value: string): void => {
+    const file = join(root, path);
+    mkdirSync(dirname(file), { recursive: true });
+    writeFileSync(file, `${value}\n`);
+  };
+  put("class/dmi/id/product_uuid", identity.smbios_uuid);
+  put("class/dmi/id/product_serial", identity.serial);
+  put("class/dmi/id/sys_vendor", identity.manufacturer);
+  put("class/dmi/id/product_name", identity.product);
+  for (const [index, address] of identity.mac_addresses.entries()) {
+    put(`class/net/eth${index}/address`, address);
+    put(`class/net/eth${index}/operstate`, "up");
+    put(`class/net/eth${index}/speed`, "100000");
+    put(`class/net/eth${index}/device/vendor`, "0x15b3");
+  }
+  for (const gpu of server.gpus) {
+    const address = gpu.pciBusId.slice(4).toLowerCase();
+    put(`bus/pci/devices/${address}/numa_node`, String(gpu.numaNode));
+    put(`bus/pci/devices/${address}/vendor`, "0x10de");
+  }
+}
