@@ -91,7 +91,8 @@ export const computeAppFields = ["gpu_uuid", "pid", "used_gpu_memory", "process_
 
 /**
  * `nvidia-smi --query-compute-apps=<computeAppFields> --format=csv,noheader,nounits`. A MIG process is
- * listed under its parent GPU. Undefined where a line cannot be one: then nothing is known.
+ * listed under its parent GPU. A line that is no row continues the name before it (names may hold line
+ * breaks). Undefined where the output does not begin with a row: then nothing is known.
  */
 export function parseComputeApps(text: string): ComputeApp[] | undefined {
   const apps: ComputeApp[] = [];
@@ -100,7 +101,10 @@ export function parseComputeApps(text: string): ComputeApp[] | undefined {
     const match = /^([^,]*),([^,]*),([^,]*),(.*)$/.exec(line);
     const uuid = gpuUuid(match?.[1]);
     const pid = count(match?.[2]);
-    if (match === null || uuid === undefined || pid === undefined) return undefined;
+    if (match === null || uuid === undefined || pid === undefined) {
+      if (apps.length === 0) return undefined;
+      continue;
+    }
     apps.push({
       gpuUuid: uuid,
       pid,

@@ -183,3 +183,23 @@ export function toInventory(reading: GpuReading, placement: PlacementFacts = {})
     pcieWidthMax: reading.pcieWidthMax,
   };
 }
+
+/** Fast fields win; the document fills in what the fast loop does not ask for. */
+export function withSlowFacts(fast: GpuReading, slow: GpuReading | undefined): GpuReading {
+  const told = Object.entries(fast).filter(([, value]) => value !== undefined);
+  return slow === undefined
+    ? fast
+    : {
+        index: slow.index,
+        model: slow.model,
+        serial: slow.serial,
+        pciBusId: slow.pciBusId,
+        driverVersion: slow.driverVersion,
+        minorNumber: slow.minorNumber,
+        pcieReplayCount: slow.pcieReplayCount,
+        remappedRowsCorrectable: slow.remappedRowsCorrectable,
+        remappedRowsUncorrectable: slow.remappedRowsUncorrectable,
+        remappedRowsFailure: slow.remappedRowsFailure,
+        ...Object.fromEntries(told),
+      };
+}

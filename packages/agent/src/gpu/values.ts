@@ -86,7 +86,7 @@ export function memoryBytes(text: string | undefined): number | undefined {
 
 /** "Yes"/"No", "Enabled"/"Disabled", "Active"/"Not Active", "Pending", "1"/"0" and "True"/"False". */
 export function flag(text: string | undefined): boolean | undefined {
-  switch (told(text)?.toLowerCase()) {
+  switch (told(text)?.toLowerCase() ?? "") {
     case "yes":
     case "enabled":
     case "active":
