@@ -82,12 +82,12 @@ export function createEngineWatch(options: EngineWatchOptions): EngineWatch {
   }
 
   async function connect(): Promise<void> {
+    beginAnew = false;
     const version = await client.version();
     const info = await client.info();
     const cdi = await readCdiSpecification(info.CDISpecDirs ?? []);
     const gpuMode = options.gpuModeOverride ?? detectGpuMode(version, info, cdi);
     const fresh = { engine: describeEngine(version, gpuMode), gpuMode, cdi };
-    beginAnew = false;
     await options.onConnected(fresh);
     if (beginAnew) throw new Error("asked to begin anew");
     facts = fresh;

@@ -1,7 +1,7 @@
 import { randomBytes } from "node:crypto";
 import { chmod, mkdir, readdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
-import { errorMessage, PlatformError } from "@palebluedot/shared/errors.ts";
+import { PlatformError } from "@palebluedot/shared/errors.ts";
 import {
   LogChunk_Stream,
   WorkloadDesired_Target,
