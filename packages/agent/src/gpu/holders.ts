@@ -16,8 +16,8 @@ export interface HoldersOptions {
   readonly runner: SmiRunner;
   readonly idle: IdleMemory;
   readonly deadlineMs: number;
-  /** A fresh `-q -x`, which alone lists graphics processes. */
-  readonly document: () => Promise<SmiDocument | SmiFailure>;
+  /** A fresh `-q -x` of these GPUs, which alone lists graphics processes. */
+  readonly document: (gpuUuids: readonly string[]) => Promise<SmiDocument | SmiFailure>;
 }
 
 /**
@@ -28,15 +28,17 @@ export async function findHolders(gpuUuids: readonly string[], options: HoldersO
   const { runner, idle, deadlineMs } = options;
   const wanted = new Set(gpuUuids);
   if (wanted.size === 0) return { kind: "known", holders: [] };
+  // Only these: a lost GPU beside them makes nvidia-smi fail for all.
+  const selection = ["-i", [...wanted].join(",")];
   const [apps, memory] = await Promise.all([
     runner.run(
       "apps",
-      [`--query-compute-apps=${computeAppFields.join(",")}`, "--format=csv,noheader,nounits"],
+      [`--query-compute-apps=${computeAppFields.join(",")}`, "--format=csv,noheader,nounits", ...selection],
       deadlineMs,
     ),
     runner.run(
       "memory",
-      [`--query-gpu=${memoryFields.join(",")}`, "--format=csv,noheader,nounits"],
+      [`--query-gpu=${memoryFields.join(",")}`, "--format=csv,noheader,nounits", ...selection],
       deadlineMs,
     ),
   ]);
@@ -67,7 +69,7 @@ export async function findHolders(gpuUuids: readonly string[], options: HoldersO
   }
   if (holders.length > 0) return { kind: "known", holders };
 
-  const document = await options.document();
+  const document = await options.document([...wanted]);
   if (!("gpus" in document)) return unknown(document.message);
   for (const uuid of wanted) {
     const gpu = document.gpus.find((candidate) => candidate.uuid === uuid);

@@ -1,7 +1,6 @@
 import type { GpuSample } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
-import { systemClock, type Clock } from "@palebluedot/shared/clock.ts";
+import { systemClock } from "@palebluedot/shared/clock.ts";
 import { errorMessage } from "@palebluedot/shared/errors.ts";
-import type { Logger } from "@palebluedot/shared/logger.ts";
 import { xidIsFatalToGpu } from "@palebluedot/shared/xid-catalog.ts";
 import { fullJitterMs } from "@palebluedot/shared/backoff.ts";
 import { readBoot } from "./boot.ts";
@@ -16,57 +15,16 @@ import { nvidiaPciDevices } from "./pci-devices.ts";
 import { readPlacement } from "./placement.ts";
 import { toInventory, toSample, withSlowFacts, type GpuReading, type PlacementFacts } from "./reading.ts";
 import { unreachableGpus, type SmiFailure } from "./smi-failure.ts";
-import { createSmiRunner, type SmiRunnerOptions } from "./smi-runner.ts";
+import { createSmiRunner } from "./smi-runner.ts";
 import { createSmiStream } from "./smi-stream.ts";
-import type { GpuEvent, GpuMonitor, GpuSnapshot } from "./types.ts";
+import type { GpuMonitorOptions, GpuMonitorWithReadings, TimedReading } from "./monitor-types.ts";
+import type { GpuEvent, GpuSnapshot } from "./types.ts";
+
+export type { GpuMonitorOptions, GpuMonitorWithReadings, TimedReading } from "./monitor-types.ts";
+
 import { pciBusId } from "./values.ts";
-import { readSmiDocument } from "./smi-document.ts";
+import { readSmiDocument, type SmiLook } from "./smi-document.ts";
 import { createXidEvents } from "./xid-events.ts";
-import type { SmiDocument } from "./xml.ts";
-
-export interface GpuMonitorOptions {
-  /** "nvidia-smi" (found in PATH) or a path. */
-  readonly nvidiaSmiPath: string;
-  readonly log: Logger;
-  /** Fast loop; at least 1000. Default 10,000. */
-  readonly intervalMs?: number | undefined;
-  /** Slow loop. Default 300,000. */
-  readonly slowIntervalMs?: number | undefined;
-  /** A log file or /dev/kmsg; undefined: Xids are not seen. */
-  readonly kernelLogPath?: string | undefined;
-  /** Remembers idle memory levels and the kernel log's position; undefined: nothing survives a restart. */
-  readonly stateDir?: string | undefined;
-  readonly clock?: Clock | undefined;
-  readonly random?: (() => number) | undefined;
-  readonly sysfsRoot?: string | undefined;
-  readonly procRoot?: string | undefined;
-  readonly env?: Readonly<Record<string, string | undefined>> | undefined;
-  /** Of one `-q -x`: without persistence mode it takes 30 s on 8 GPUs. Default 60,000. */
-  readonly documentDeadlineMs?: number | undefined;
-  /** Of the small queries. Default 30,000. */
-  readonly queryDeadlineMs?: number | undefined;
-  /** Silence of the fast loop beyond its interval that is taken for a hang. Default 30,000. */
-  readonly silenceMs?: number | undefined;
-  readonly killGraceMs?: number | undefined;
-  readonly kernelLogPollMs?: number | undefined;
-  readonly backoff?: { readonly baseMs: number; readonly capMs: number } | undefined;
-  readonly kill?: SmiRunnerOptions["kill"];
-}
-
-/** Beyond GpuMonitor: what `/metrics` needs. */
-export interface GpuMonitorWithReadings extends GpuMonitor {
-  readonly intervalMs: number;
-  /** Last fast reading per GPU with its time; slow fields are filled in from the last document. */
-  latestReadings(): readonly TimedReading[];
-  streamRestarts(): number;
-  /** Last Xid per GPU UUID since the agent was started. */
-  lastXids(): ReadonlyMap<string, number>;
-}
-
-export interface TimedReading {
-  readonly reading: GpuReading;
-  readonly takenAtUnixMs: number;
-}
 
 /** Looks because of an event are at least this far apart: one costs up to 0.6 s of a core. */
 const lookSpacingMs = 5000;
@@ -78,6 +36,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
   const intervalMs = Math.max(1000, options.intervalMs ?? 10_000);
   const slowIntervalMs = options.slowIntervalMs ?? 300_000;
   const queryDeadlineMs = options.queryDeadlineMs ?? 30_000;
+  const documentDeadlineMs = options.documentDeadlineMs ?? 60_000;
   const sysfsRoot = options.sysfsRoot ?? "/sys";
   const procRoot = options.procRoot ?? "/proc";
 
@@ -120,6 +79,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
     intervalMs,
     silenceMs: options.silenceMs ?? 30_000,
     backoff: options.backoff ?? { baseMs: 1000, capMs: 60_000 },
+    select: () => reachable(),
     onReadings: (readings) => {
       onReadings(readings);
     },
@@ -139,6 +99,9 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
     conditions: conditions.list(),
     takenAtUnixMs,
   });
+  /** The GPUs that are left when some are lost; empty: no need to choose. */
+  const reachable = (): string[] =>
+    lost.size === 0 ? [] : [...known.keys()].filter((uuid) => !lost.has(uuid));
   const tellSnapshot = (): void => {
     snapshots.tell(snapshot());
   };
@@ -156,14 +119,21 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
         stuck.length === 0
           ? conditions.set("nvidia-smi", OK, "ok", "")
           : conditions.set("nvidia-smi", DEGRADED, "child-stuck", stuckMessage(stuck));
-      changed = conditions.set("gpu-driver", OK, "ok", "") || changed;
+      changed =
+        (lost.size === 0
+          ? conditions.set("gpu-driver", OK, "ok", "")
+          : conditions.set("gpu-driver", DEGRADED, "gpu-lost", `${String(lost.size)} GPUs are lost`)) ||
+        changed;
+    } else if (failure.reason === "gpu-lost" && known.size > 0) {
+      // One GPU's fault, told by its own condition; the driver goes on serving the others.
+      markUnreachable(failure.message);
+      changed = conditions.set("gpu-driver", DEGRADED, failure.reason, failure.message);
     } else if (failure.component === "nvidia-smi") {
       changed = conditions.set("nvidia-smi", FAILED, failure.reason, failure.message);
       changed = conditions.set("gpu-driver", UNKNOWN, failure.reason, "nvidia-smi does not tell") || changed;
     } else {
       changed = conditions.set("nvidia-smi", OK, "ok", "");
       changed = conditions.set("gpu-driver", FAILED, failure.reason, failure.message) || changed;
-      markUnreachable(failure.message);
     }
     if (changed) tellSnapshot();
   };
@@ -239,8 +209,8 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
   const byIndex = (index: number | undefined): GpuReading | undefined =>
     index === undefined ? undefined : [...known.values()].find((reading) => reading.index === index);
 
-  const applyDocument = async (document: SmiDocument): Promise<void> => {
-    const complete = document.attachedGpus === undefined || document.attachedGpus <= document.gpus.length;
+  const applyDocument = async (document: SmiLook): Promise<void> => {
+    const { complete } = document;
     const newcomers = document.gpus.some((gpu) => gpu.uuid !== undefined && !known.has(gpu.uuid));
     const seen = new Set<string>();
     for (const gpu of document.gpus) {
@@ -263,8 +233,13 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
         idle?.learn(uuid, gpu.memoryUsedBytes, gpu.memoryTotalBytes);
       }
     }
+    for (const address of document.unreachable) {
+      const uuid = byPci(address)?.uuid;
+      if (uuid !== undefined) markLost(uuid, "nvidia-smi cannot open it");
+      else conditions.set(`gpu-${address}`, FAILED, "gpu-lost", "nvidia-smi cannot open it");
+    }
     for (const uuid of known.keys()) {
-      if (!seen.has(uuid)) markLost(uuid, "nvidia-smi does not list it any more");
+      if (complete && !seen.has(uuid)) markLost(uuid, "nvidia-smi does not list it any more");
     }
     takenAtUnixMs = clock.now();
     const facts = await readPlacement({
@@ -342,16 +317,29 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
     wake?.();
   };
 
+  /** nvidia-smi stopped at a lost GPU: those after it are asked for by name or PCI address. */
+  const lookAtTheOthers = async (document: SmiLook): Promise<void> => {
+    const unreachable = new Set(document.unreachable.map((address) => pciBusId(address)));
+    const unseen = ((await nvidiaPciDevices(sysfsRoot)) ?? []).filter(
+      (address) => byPci(address) === undefined && !unreachable.has(pciBusId(address)),
+    );
+    const rest = [...[...known.keys()].filter((uuid) => !lost.has(uuid)), ...unseen];
+    if (rest.length <= document.gpus.length) return;
+    const others = await readSmiDocument(runner, documentDeadlineMs, rest);
+    if ("gpus" in others) await applyDocument(others);
+  };
+
   // One look at a time; a caller during one gets the next, because that one may have begun too early.
   let failedLooks = 0;
   let lookedAtMs = 0;
   let looking: Promise<GpuSnapshot> | undefined;
   let next: Promise<GpuSnapshot> | undefined;
   const look = async (): Promise<GpuSnapshot> => {
-    const document = await readSmiDocument(runner, options.documentDeadlineMs ?? 60_000);
+    const document = await readSmiDocument(runner, documentDeadlineMs);
     const answered = "gpus" in document;
-    await note(answered ? undefined : document);
     if (answered) await applyDocument(document);
+    await note(answered ? undefined : document);
+    if (answered && !document.complete) await lookAtTheOthers(document);
     failedLooks = answered ? 0 : failedLooks + 1;
     lookedAtMs = clock.now();
     tellSnapshot();
@@ -482,7 +470,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
         runner,
         idle,
         deadlineMs: queryDeadlineMs,
-        document: () => readSmiDocument(runner, options.documentDeadlineMs ?? 60_000),
+        document: (uuids) => readSmiDocument(runner, documentDeadlineMs, uuids),
       });
     },
   };

@@ -53,6 +53,8 @@ export interface SmiStreamOptions {
   /** Silence beyond the interval that is taken for a hang. */
   readonly silenceMs: number;
   readonly backoff: { readonly baseMs: number; readonly capMs: number };
+  /** GPUs to ask for; empty: all. A lost GPU would end the stream for those after it. */
+  readonly select: () => readonly string[];
   /** One batch per tick of nvidia-smi: every GPU at most once. */
   readonly onReadings: (readings: readonly GpuReading[]) => void;
   /** Undefined when it answers (again). */
@@ -84,11 +86,13 @@ export function createSmiStream(options: SmiStreamOptions): SmiStream {
     readonly rejected: string | undefined;
     readonly failure: SmiFailure;
   }> => {
+    const selected = options.select();
     const child = runner.spawn("stream", [
       `--query-gpu=${fields.join(",")}`,
       "--format=csv,noheader,nounits",
       "-lms",
       String(options.intervalMs),
+      ...(selected.length === 0 ? [] : ["-i", selected.join(",")]),
     ]);
     if (child === "stuck") {
       const pid = runner.abandoned().get("stream") ?? 0;
