@@ -71,6 +71,9 @@ export async function startMetricsServer(options: MetricsServerOptions): Promise
     });
     server.listen(options.port, options.host, resolve);
   });
+  server.on("error", (error) => {
+    options.log.warn({ error: error.message }, "the metrics listener");
+  });
   // The metrics listener alone is no reason to stay alive.
   server.unref();
   return {
