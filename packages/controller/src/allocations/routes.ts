@@ -7,25 +7,34 @@ import {
 import { PlatformError } from "@palebluedot/shared/errors.ts";
 import { allocationStateSchema } from "@palebluedot/shared/vocabulary.ts";
 import type { HttpContext } from "../http/context.ts";
-import { decodeCursor, pageOf, uuidPattern } from "../http/cursor.ts";
-import { idParams, idSchema, pageQuery, pageSchema, queryBoolean, queryInteger } from "../http/fields.ts";
+import { decodeCursor, encodeCursor, uuidPattern } from "../http/cursor.ts";
+import {
+  idParams,
+  idSchema,
+  lineSchema,
+  pageQuery,
+  pageSchema,
+  queryBoolean,
+  queryInteger,
+} from "../http/fields.ts";
 import { defineRoute, type Route } from "../http/route.ts";
 import type { Principal } from "../identity/permissions.ts";
 import { defaultTenantName } from "../identity/identity.ts";
-import { actorOf } from "../servers/routes.ts";
 import { logResponse } from "./logs.ts";
+import type { AllocationCaller } from "./types.ts";
 
 const tag = "allocation";
-const resultSchema = allocationSchema.openapi("Allocation");
-const requestSchema = allocationRequestSchema.openapi("AllocationRequest");
-const extensionSchema = allocationExtensionSchema.openapi("AllocationExtension");
+const resultSchema = allocationSchema.meta({ id: "Allocation" });
+const requestSchema = allocationRequestSchema.meta({ id: "AllocationRequest" });
+const extensionSchema = allocationExtensionSchema.meta({ id: "AllocationExtension" });
 const keyPattern = /^[\x21-\x7e]{1,255}$/;
 const maxTailLines = 100_000;
 
-/** Null: every tenant's. Otherwise the one tenant that this principal may see. */
-function tenantScope(principal: Principal): string | null {
-  if (principal.permissions.has("allocations:all")) return null;
-  if (principal.tenantId !== null) return principal.tenantId;
+/** Operators see every tenant's; everybody else what belongs to the token's own tenant. */
+function callerOf(principal: Principal): AllocationCaller {
+  const common = { actor: principal.actor, tokenId: principal.tokenId };
+  if (principal.permissions.has("allocations:all")) return { ...common, tenantId: undefined };
+  if (principal.tenantId !== null) return { ...common, tenantId: principal.tenantId };
   throw new PlatformError({
     code: "permission-missing",
     kind: "forbidden",
@@ -99,18 +108,19 @@ export function allocationRoutes(context: HttpContext): Route[] {
       async handle({ body, principal, header }) {
         const key = idempotencyKey(header("idempotency-key"));
         const tenantId = await tenantFor(principal, body.tenant_id);
-        const made = await allocations.create({
-          tenantId,
-          request: body,
-          ...(key === undefined ? {} : { idempotencyKey: key }),
-          actor: actorOf(principal),
-        });
+        const { tenant_id: _named, ...request } = body;
+        const made = await allocations.create(
+          callerOf(principal),
+          // A tenant's own token says it all; who belongs to none says for whom.
+          principal.tenantId === null ? { ...request, tenant_id: tenantId } : request,
+          key === undefined ? {} : { idempotencyKey: key },
+        );
         context.events.poke();
         return {
           body: made.allocation,
           headers: {
             location: `/api/v1/allocations/${made.allocation.id}`,
-            ...(made.replayed ? { "idempotent-replayed": "true" } : {}),
+            ...(made.created ? {} : { "idempotent-replayed": "true" }),
           },
         };
       },
@@ -134,36 +144,35 @@ export function allocationRoutes(context: HttpContext): Route[] {
             description: "Repeated: any of them",
           }),
         server_id: idSchema.optional(),
+        name: lineSchema(128).min(1).optional(),
         tenant_id: idSchema.optional().openapi({ description: "For operators" }),
       }),
       result: pageSchema(resultSchema),
       async handle({ query, principal }) {
-        const own = tenantScope(principal);
+        const caller = callerOf(principal);
         // A tenant that names another sees what it would see of a tenant that does not exist: nothing.
-        if (own !== null && query.tenant_id !== undefined && query.tenant_id !== own) {
+        if (
+          caller.tenantId !== undefined &&
+          query.tenant_id !== undefined &&
+          query.tenant_id !== caller.tenantId
+        ) {
           return { body: { items: [], next_cursor: null } };
         }
         const filter = {
-          tenantId: own ?? query.tenant_id ?? null,
-          ...(query.state === undefined ? {} : { states: query.state }),
-          ...(query.server_id === undefined ? {} : { serverId: query.server_id }),
+          tenantId: caller.tenantId ?? query.tenant_id,
+          states: query.state,
+          serverId: query.server_id,
+          name: query.name,
         };
         const scope = ["allocations", filter];
         const afterId =
           query.cursor === undefined ? undefined : decodeCursor(scope, query.cursor, uuidPattern);
-        const rows = await allocations.list({
-          ...filter,
-          ...(afterId === undefined ? {} : { afterId }),
-          limit: query.limit + 1,
-        });
+        const rows = await allocations.list(caller, { ...filter, afterId, limit: query.limit });
+        const last = rows.at(-1);
+        // A full page may be the last one; the next is then empty.
+        const more = rows.length >= query.limit && last !== undefined;
         return {
-          body: pageOf(
-            rows,
-            query.limit,
-            scope,
-            (row) => row.id,
-            (row) => row,
-          ),
+          body: { items: rows, next_cursor: more ? encodeCursor(scope, last.id) : null },
         };
       },
     }),
@@ -177,7 +186,7 @@ export function allocationRoutes(context: HttpContext): Route[] {
       params: idParams,
       result: resultSchema,
       handle: async ({ params, principal }) => ({
-        body: await allocations.get(tenantScope(principal), params.id),
+        body: await allocations.get(callerOf(principal), params.id),
       }),
     }),
     defineRoute({
@@ -193,7 +202,7 @@ export function allocationRoutes(context: HttpContext): Route[] {
       status: 202,
       result: resultSchema,
       async handle({ params, principal }) {
-        const allocation = await allocations.release(tenantScope(principal), params.id, actorOf(principal));
+        const allocation = await allocations.release(callerOf(principal), params.id);
         context.events.poke();
         return { body: allocation };
       },
@@ -210,12 +219,7 @@ export function allocationRoutes(context: HttpContext): Route[] {
       result: resultSchema,
       problems: { 409: "It is releasing or ended" },
       async handle({ params, body, principal }) {
-        const allocation = await allocations.extend(
-          tenantScope(principal),
-          params.id,
-          body.extend_seconds,
-          actorOf(principal),
-        );
+        const allocation = await allocations.extend(callerOf(principal), params.id, body.extend_seconds);
         context.events.poke();
         return { body: allocation };
       },
@@ -244,7 +248,7 @@ export function allocationRoutes(context: HttpContext): Route[] {
       media: ["text/plain", "application/x-ndjson"],
       problems: { 409: "It has no container now, or its server's agent is not connected" },
       async handle({ params, query, principal, header, signal }) {
-        const allocation = await allocations.get(tenantScope(principal), params.id);
+        const allocation = await allocations.get(callerOf(principal), params.id);
         return await logResponse(context, {
           allocation,
           follow: query.follow,

@@ -44,6 +44,8 @@ export const configSchema = z.object({
     .default("info"),
   /** REST requests a second that one credential may make, sustained; bursts may hold twice as many. */
   PALEBLUEDOT_RATE_LIMIT_PER_SECOND: z.coerce.number().min(1).max(100_000).default(500),
+  /** Events older than this go, unless NATS has yet to take them. */
+  PALEBLUEDOT_EVENT_RETENTION_DAYS: z.coerce.number().min(0.01).max(3650).default(30),
   /** How long open requests and streams may take to end at shutdown. */
   PALEBLUEDOT_SHUTDOWN_SECONDS: z.coerce.number().min(0).max(600).default(10),
   /** Names one fail-point to die at (tests only): see reconciler/failpoints.ts. */

@@ -8,7 +8,7 @@ import { streamResponse } from "../http/streams.ts";
 import type { Principal } from "../identity/permissions.ts";
 import { type EventFilter, eventJsonSchema, type EventRow, eventToJson } from "./event-row.ts";
 
-const eventSchema = eventJsonSchema.openapi("Event");
+const eventSchema = eventJsonSchema.meta({ id: "Event" });
 const severitySchema = z.enum(["info", "warning", "error"]);
 const typePrefix = z.string().regex(/^[a-z0-9._-]{1,64}$/, "a dotted event type or the start of one");
 const seqPattern = /^\d{1,15}$/;

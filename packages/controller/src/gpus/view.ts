@@ -74,16 +74,20 @@ export const sampleSchema = z
   })
   .openapi("GpuSample");
 
+/** Float32 on the wire and in the ring: seven digits are real, the rest is noise of the conversion. */
+const rounded = (value: number | undefined): number | null =>
+  value === undefined ? null : Number(value.toPrecision(6));
+
 export function sampleView(sample: GpuSample): z.infer<typeof sampleSchema> {
   return {
     time: new Date(sample.timeUnixMs).toISOString(),
-    utilization_ratio: sample.utilizationRatio ?? null,
-    memory_utilization_ratio: sample.memoryUtilizationRatio ?? null,
+    utilization_ratio: rounded(sample.utilizationRatio),
+    memory_utilization_ratio: rounded(sample.memoryUtilizationRatio),
     memory_used_bytes: sample.memoryUsedBytes ?? null,
-    temperature_celsius: sample.temperatureCelsius ?? null,
-    memory_temperature_celsius: sample.memoryTemperatureCelsius ?? null,
-    power_draw_watts: sample.powerDrawWatts ?? null,
-    power_limit_watts: sample.powerLimitWatts ?? null,
+    temperature_celsius: rounded(sample.temperatureCelsius),
+    memory_temperature_celsius: rounded(sample.memoryTemperatureCelsius),
+    power_draw_watts: rounded(sample.powerDrawWatts),
+    power_limit_watts: rounded(sample.powerLimitWatts),
     sm_clock_mhz: sample.smClockMhz ?? null,
     memory_clock_mhz: sample.memoryClockMhz ?? null,
     pcie_generation: sample.pcieGeneration ?? null,
@@ -91,7 +95,7 @@ export function sampleView(sample: GpuSample): z.infer<typeof sampleSchema> {
     clock_event_reasons: sample.clockEventReasons ?? null,
     ecc_corrected_volatile: sample.eccCorrectedVolatile ?? null,
     ecc_uncorrected_volatile: sample.eccUncorrectedVolatile ?? null,
-    fan_speed_ratio: sample.fanSpeedRatio ?? null,
+    fan_speed_ratio: rounded(sample.fanSpeedRatio),
     performance_state: sample.performanceState ?? null,
   };
 }

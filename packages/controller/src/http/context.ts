@@ -1,4 +1,4 @@
-import type { AllocationService } from "../allocations/service.ts";
+import type { AllocationService } from "../allocations/types.ts";
 import type { Dependencies } from "../dependencies.ts";
 import type { EnrolmentService } from "../enrolment/types.ts";
 import type { EventFeature } from "../events/feature.ts";
