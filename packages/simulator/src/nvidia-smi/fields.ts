@@ -336,7 +336,8 @@ for (const set of ["applications", "default_applications"]) {
   });
 }
 add("clocks.max.graphics", (r) => r.model.clockMaximum, { unit: "MHz", alias: "clocks.max.gr" });
-add("clocks.max.sm", (r) => r.model.clockMaximum, { unit: "MHz" });
+// The tool names the same word twice in its help.
+add("clocks.max.sm", (r) => r.model.clockMaximum, { unit: "MHz", alias: "clocks.max.sm" });
 add("clocks.max.memory", (r) => r.model.memoryClock, { unit: "MHz", alias: "clocks.max.mem" });
 add("mig.mode.current", (r) => (r.model.mig ? "Disabled" : notAvailable));
 add("mig.mode.pending", (r) => (r.model.mig ? "Disabled" : notAvailable));
