@@ -329,7 +329,7 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         onConnected: () => takeStock(context),
         onContainerEvent: (allocationId) => workloads.get(allocationId)?.kick(),
         onReady() {
-          for (const workload of workloads.values()) workload.kick();
+          for (const workload of workloads.values()) workload.engineReturned();
         },
         onChanged: changed,
       });

@@ -16,10 +16,11 @@ const recordSchema = z.object({
   /** FinishedAt of the last exit that was told as an event. */
   reportedExit: z.string(),
   failure: z.object({ reason: z.string(), message: z.string() }).optional(),
-  /** Last phase told, so that an agent that starts while the engine is away claims nothing else. */
-  phase: z.int(),
-  containerId: z.string(),
-  startedAtUnixMs: z.int(),
+  /**
+   * What was last told, in the wire's encoding as base64: an agent that starts while the engine is away
+   * goes on telling it, and claims nothing else.
+   */
+  observed: z.base64(),
 });
 export type WorkloadRecord = z.infer<typeof recordSchema>;
 const fileSchema = z.object({ version: z.literal(1), workloads: z.record(z.string(), recordSchema) });
@@ -30,9 +31,7 @@ export const emptyRecord = (specHash: string): WorkloadRecord => ({
   restartCount: 0,
   quickExits: 0,
   reportedExit: "",
-  phase: 0,
-  containerId: "",
-  startedAtUnixMs: 0,
+  observed: "",
 });
 
 export interface RecordStore {

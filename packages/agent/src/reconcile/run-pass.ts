@@ -23,6 +23,8 @@ import type { EngineFacts } from "./engine-watch.ts";
 
 const maxPullAttempts = 4;
 const maxStartAttempts = 3;
+/** A container that did run starts again in the end: an engine that shuts down refuses a few starts first. */
+const maxRestartAttempts = 10;
 /** A container that ran this long was well: its next exit backs off from the beginning. */
 const wellAfterMs = 10 * 60_000;
 /** A GPU that is not there for this long is taken for lost. */
@@ -152,6 +154,13 @@ async function handleExisting(
   }
 }
 
+/** What the container's init says by its exit status, as a shell does. */
+const exitHints = new Map([
+  [126, " (the program is not executable)"],
+  [127, " (the program is not in the image)"],
+  [137, " (killed)"],
+]);
+
 async function handleExit(
   state: WorkloadState,
   context: WorkloadContext,
@@ -167,7 +176,7 @@ async function handleExit(
   const reason = oomKilled ? "oom-killed" : exitCode === 0 ? "completed" : "exited";
   const message = oomKilled
     ? "the container used more memory than it has and was killed"
-    : `the container exited with ${exitCode}${container.State.Error ? `: ${container.State.Error}` : ""}`.slice(
+    : `the container exited with ${exitCode}${exitHints.get(exitCode) ?? ""}${container.State.Error ? `: ${container.State.Error}` : ""}`.slice(
         0,
         500,
       );
@@ -244,7 +253,6 @@ async function startContainer(
   const gpus = await presentGpus(state, context, facts);
   if (!("gpus" in gpus)) return gpus;
   state.report({ phase: Phase.CREATING, containerId });
-  if (kind === "restart") state.remember({ restartCount: state.record.restartCount + 1 });
   state.remember({ started: true });
   await context.records.flush();
   try {
@@ -253,11 +261,12 @@ async function startContainer(
     if (!isRefused(error)) throw error;
     state.attempts += 1;
     context.log.warn({ allocationId: state.allocationId, reason: errorMessage(error) }, "start refused");
-    if (state.attempts >= maxStartAttempts) {
+    if (state.attempts >= (kind === "first" ? maxStartAttempts : maxRestartAttempts)) {
       return fail(state, context, "container-start-failed", errorMessage(error));
     }
     return backOff(state, context);
   }
+  if (kind === "restart") state.remember({ restartCount: state.record.restartCount + 1 });
   context.emit("container.started", state.allocationId, "the container was started", {
     container_id: containerId,
     restart_count: state.record.restartCount,

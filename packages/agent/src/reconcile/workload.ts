@@ -2,14 +2,14 @@ import { fullJitterMs } from "@palebluedot/shared/backoff.ts";
 import { errorMessage, isPlatformError } from "@palebluedot/shared/errors.ts";
 import {
   WorkloadDesired_Target,
+  WorkloadObserved,
   WorkloadObserved_Phase as Phase,
   type WorkloadDesired,
-  type WorkloadObserved,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { specHash } from "../containers/create-request.ts";
 import { again, settled, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
 import { reclaimPass } from "./reclaim-pass.ts";
-import { emptyRecord } from "./records.ts";
+import { emptyRecord, type WorkloadRecord } from "./records.ts";
 import { runPass } from "./run-pass.ts";
 
 /** One workload's loop. Single flight: passes of one workload never overlap, other workloads go on meanwhile. */
@@ -20,17 +20,22 @@ export interface Workload {
   revise(desired: WorkloadDesired): void;
   /** Something happened: look now. */
   kick(): void;
+  /** The engine answers again: what it refused before it went away does not count. */
+  engineReturned(): void;
   /** Ends the loop after the step that is under way; the container stays. */
   stop(): Promise<void>;
 }
 
-const phases = new Set<number>(Object.values(Phase));
-
-/** A phase from the last run of the agent, as far as it may be claimed without looking. */
-function restoredPhase(stored: number): WorkloadObserved["phase"] {
-  // Clean is claimed only by who verified it: this process has not.
-  if (stored === Phase.CLEAN) return Phase.VERIFYING;
-  return phases.has(stored) && stored > 0 ? (stored as WorkloadObserved["phase"]) : Phase.ACCEPTED;
+/** What the last run of the agent told, as far as it may be claimed without looking. */
+function restored(allocationId: string, record: WorkloadRecord): WorkloadObserved {
+  const told = WorkloadObserved.decode(Buffer.from(record.observed, "base64"));
+  const phase = told.phase === Phase.UNSPECIFIED ? Phase.ACCEPTED : told.phase;
+  return {
+    ...told,
+    allocationId,
+    // Clean is claimed only by who verified it: this process has not.
+    phase: phase === Phase.CLEAN ? Phase.VERIFYING : phase,
+  };
 }
 
 export function createWorkload(options: {
@@ -53,19 +58,7 @@ export function createWorkload(options: {
     desired: options.desired,
     hash: firstHash,
     record,
-    observed: {
-      allocationId,
-      phase: restoredPhase(record.phase),
-      reason: record.failure?.reason ?? "",
-      message: record.failure?.message ?? "",
-      containerId: record.containerId,
-      exitCode: undefined,
-      startedAtUnixMs: record.startedAtUnixMs,
-      restartCount: record.restartCount,
-      ports: [],
-      holders: [],
-      oomKilled: false,
-    },
+    observed: restored(allocationId, record),
     attempts: 0,
     missingSinceUnixMs: undefined,
     verifyingSinceUnixMs: undefined,
@@ -86,9 +79,7 @@ export function createWorkload(options: {
       }
       state.observed = next;
       state.remember({
-        phase: next.phase,
-        containerId: next.containerId,
-        startedAtUnixMs: next.startedAtUnixMs,
+        observed: Buffer.from(WorkloadObserved.encode(next).finish()).toString("base64"),
       });
       options.onChanged();
     },
@@ -189,6 +180,10 @@ export function createWorkload(options: {
       kick();
     },
     kick,
+    engineReturned() {
+      state.attempts = 0;
+      kick();
+    },
     async stop() {
       stopped = true;
       pass.abort(new Error("the agent stops"));
