@@ -22,7 +22,7 @@ import { createFailpoints } from "./reconciler/failpoints.ts";
 import { createLeadership } from "./reconciler/leadership.ts";
 import { createHousekeepingJobs, createPeriodicJobs, type PeriodicJob } from "./reconciler/periodic.ts";
 import { createServerStates } from "./servers/state-machine.ts";
-import { startAgentListeners } from "./sessions/listeners.ts";
+import { type AgentListeners, startAgentListeners } from "./sessions/listeners.ts";
 
 /** Where a running controller is reached; also written to `<data dir>/controller.json`. */
 export interface ControllerAddresses {
@@ -86,7 +86,7 @@ async function startParts(
   const replicaId = await loadReplicaId(dataDir);
 
   const database = await openDatabase(config, log);
-  stoppers.push(["database", database.close]);
+  stoppers.push(["database", () => database.close()]);
   const { sql } = database;
   const { incarnation } = await migrate(sql, { log });
 
@@ -122,17 +122,15 @@ async function startParts(
   stoppers.push(["events", () => events.stop()]);
 
   // Allocations and sessions need each other: the first calls back into what is made after it.
-  let pushDesiredStates: (serverIds: readonly string[]) => void = () => undefined;
-  let isConnectedHere: (serverId: string) => boolean = () => false;
+  let listeners: AgentListeners | undefined;
   const allocations = createAllocationFeature(deps, {
-    desiredStateChanged: (serverIds) => pushDesiredStates(serverIds),
-    isConnectedHere: (serverId) => isConnectedHere(serverId),
+    desiredStateChanged: (serverIds) => listeners?.registry.desiredStateChanged(serverIds),
+    isConnectedHere: (serverId) => listeners?.registry.isConnected(serverId) === true,
     eventsAppended: () => events.poke(),
   });
   const agents = await startAgentListeners(deps, { allocations: allocations.agentPort });
+  listeners = agents;
   stoppers.push(["agent listeners", () => agents.stop()]);
-  pushDesiredStates = (serverIds) => agents.registry.desiredStateChanged(serverIds);
-  isConnectedHere = (serverId) => agents.registry.isConnected(serverId);
   allocations.start();
   stoppers.push(["allocations", () => allocations.stop()]);
 
@@ -177,7 +175,6 @@ async function startParts(
     routes,
     identity,
     log,
-    clock: systemClock,
     metrics,
     stopping: stopping.signal,
   });

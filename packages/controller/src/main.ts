@@ -37,11 +37,9 @@ async function run(): Promise<void> {
   process.on("uncaughtException", crash);
   process.on("unhandledRejection", crash);
 
-  let stopRequested: (signal: string) => void = () => undefined;
   const stopSignal = new Promise<string>((resolve) => {
-    stopRequested = resolve;
+    for (const signal of ["SIGTERM", "SIGINT"] as const) process.once(signal, () => resolve(signal));
   });
-  for (const signal of ["SIGTERM", "SIGINT"] as const) process.once(signal, () => stopRequested(signal));
 
   const controller = await startController(config, log, manifest.version);
   print({ event: "ready", ...controller.addresses });

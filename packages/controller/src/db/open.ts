@@ -33,39 +33,30 @@ export async function openDatabase(
   const directory = join(config.PALEBLUEDOT_DATA_DIR, "postgres");
   let server = await startEmbeddedPostgres({ directory, log });
   const sql = connect(server.url, { log, maxConnections });
-  const watch = options.command === true ? undefined : watchServer();
+  let restarting: Promise<void> | undefined;
 
-  function watchServer(): { stop(): Promise<void> } {
-    let restarting: Promise<void> | undefined;
-    const timer = setInterval(() => {
-      if (restarting !== undefined || isAlive(server)) return;
-      log.error({ pid: server.pid }, "the embedded PostgreSQL is gone; starting it again");
-      restarting = startEmbeddedPostgres({ directory, log })
-        .then(
-          (started) => {
-            server = started;
-          },
-          (error: unknown) => {
-            log.error({ error: errorMessage(error) }, "the embedded PostgreSQL does not start");
-          },
-        )
-        .finally(() => {
-          restarting = undefined;
-        });
-    }, watchMs);
-    timer.unref();
-    return {
-      async stop() {
-        clearInterval(timer);
-        await restarting;
-      },
-    };
+  async function restart(): Promise<void> {
+    log.error({ postgres_pid: server.pid }, "the embedded PostgreSQL is gone; starting it again");
+    try {
+      server = await startEmbeddedPostgres({ directory, log });
+    } catch (error) {
+      // The next look tries again.
+      log.error({ error: errorMessage(error) }, "the embedded PostgreSQL does not start");
+    } finally {
+      restarting = undefined;
+    }
   }
+
+  const timer = setInterval(() => {
+    if (options.command !== true && restarting === undefined && !isAlive(server)) restarting = restart();
+  }, watchMs);
+  timer.unref();
 
   return {
     sql,
     async close() {
-      await watch?.stop();
+      clearInterval(timer);
+      await restarting;
       await sql.end({ timeout: 5 });
       if (options.command !== true || !server.adopted) await server.stop();
     },

@@ -138,7 +138,7 @@ describe("bodies that cannot be read", () => {
       headers: { authorization: `Bearer ${api.adminToken}`, ...json },
       body: endless,
       duplex: "half",
-    } as RequestInit);
+    });
     expect(response.status).toBe(413);
     expect(sent).toBeLessThan(maxBodyBytes * 2);
   });

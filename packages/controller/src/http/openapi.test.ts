@@ -68,7 +68,7 @@ describe("the OpenAPI document", () => {
     for (const { path, method, operation } of operations) {
       const where = `${method} ${path}`;
       const declared = (operation.parameters ?? []).filter((parameter) => parameter.in === "path");
-      const inPath = [...path.matchAll(/\{([a-z_]+)\}/g)].map((match) => match[1]);
+      const inPath = [...path.matchAll(/\{([a-z_]+)\}/g)].map((match) => match[1] ?? "");
       expect(declared.map((parameter) => parameter.name).sort(), where).toEqual(inPath.sort());
       const statuses = Object.keys(operation.responses);
       expect(

@@ -155,7 +155,6 @@ export async function createTestApi(settings: Readonly<Record<string, string>> =
     routes,
     identity,
     log,
-    clock,
     metrics: deps.metrics,
     stopping: stopping.signal,
     checkResponses: true,
