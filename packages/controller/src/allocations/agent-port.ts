@@ -1,0 +1,193 @@
+import type { ObservedWorkload } from "@palebluedot/shared/allocation-request.ts";
+import type { Clock } from "@palebluedot/shared/clock.ts";
+import type { ObservedState } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
+import type { Logger } from "@palebluedot/shared/logger.ts";
+import type { SecretBox } from "@palebluedot/shared/secret-box.ts";
+import type { AllocationState } from "@palebluedot/shared/vocabulary.ts";
+import type { Sql } from "postgres";
+import { appendEvents } from "../events/outbox.ts";
+import type { NewEvent } from "../events/types.ts";
+import type { Failpoints } from "../reconciler/failpoints.ts";
+import { createBatcher } from "./batching.ts";
+import { loadDesiredStates } from "./desired-state.ts";
+import type { AllocationMetrics } from "./metrics.ts";
+import { judgeReport } from "./observation.ts";
+import { retryDeadlocks, type Transition, type Transitioned, type TransitionWriter } from "./transitions.ts";
+import type { AllocationAgentPort } from "./types.ts";
+
+export interface AgentPortOptions {
+  readonly sql: Sql;
+  readonly clock: Clock;
+  readonly log: Logger;
+  readonly secrets: SecretBox;
+  readonly failpoints: Failpoints;
+  readonly metrics: AllocationMetrics;
+  readonly writer: TransitionWriter;
+  readonly onTransitioned: (done: readonly Transitioned[]) => void;
+  readonly capacityChanged: (serverIds: readonly string[]) => void;
+}
+
+interface Report {
+  readonly serverId: string;
+  readonly observed: ObservedState;
+}
+
+interface LiveRow {
+  id: string;
+  tenant_id: string;
+  server_id: string;
+  state: AllocationState;
+  observed: ObservedWorkload;
+  message: string;
+}
+
+interface Changes {
+  readonly transitions: Transition[];
+  readonly observations: { id: string; observed: ObservedWorkload; message: string | null }[];
+  readonly generations: { id: string; generation: number }[];
+  readonly events: NewEvent[];
+}
+
+export function createAgentPort(options: AgentPortOptions): AllocationAgentPort {
+  const { sql, clock, log, writer, metrics } = options;
+
+  const reports = createBatcher<Report, void>({
+    maxBatch: 256,
+    // One after the other: a server's later report must not overtake its earlier one.
+    concurrency: 1,
+    run: async (batch) => {
+      await retryDeadlocks(() => apply(batch), log);
+      return batch.map(() => undefined);
+    },
+  });
+
+  async function apply(batch: readonly Report[]): Promise<void> {
+    // The newest picture of a server replaces the ones before it.
+    const newest = new Map(batch.map((report) => [report.serverId, report.observed]));
+    const serverIds = [...newest.keys()];
+    const [servers, rows] = await Promise.all([
+      sql<{ id: string; incarnation: string; desired_generation: number; observed_generation: number }[]>`
+        select id, (select incarnation from installation) as incarnation, desired_generation, observed_generation
+        from servers where id = any(${serverIds}::uuid[])`,
+      sql<LiveRow[]>`
+        select id, tenant_id, server_id, state, observed, message from allocations
+        where server_id = any(${serverIds}::uuid[]) and state in ('scheduled', 'provisioning', 'active', 'releasing')`,
+    ]);
+    const live = new Map(rows.map((row) => [row.id, row]));
+    const changes: Changes = { transitions: [], observations: [], generations: [], events: [] };
+    for (const server of servers) {
+      const observed = newest.get(server.id);
+      if (observed === undefined) continue;
+      if (observed.incarnation !== server.incarnation) {
+        // Computed against another history of this database: what it calls clean may be in use in this one.
+        metrics.droppedReports.inc({ reason: "incarnation" }, observed.workloads.length);
+        continue;
+      }
+      const generation = Math.min(observed.generation, server.desired_generation);
+      if (generation > server.observed_generation) changes.generations.push({ id: server.id, generation });
+      collect(server.id, observed, live, changes);
+    }
+    const done = await write(changes);
+    if (done.some((change) => change.to === "active")) options.failpoints.hit("allocation-activated");
+    writer.committed(done);
+    options.onTransitioned(done);
+  }
+
+  function collect(
+    serverId: string,
+    observed: ObservedState,
+    live: ReadonlyMap<string, LiveRow>,
+    changes: Changes,
+  ): void {
+    const seen = new Set<string>();
+    for (const workload of observed.workloads) {
+      const row = live.get(workload.allocationId);
+      // Ended allocations linger in pictures for a moment; those of other servers are a lie.
+      if (row === undefined || row.server_id !== serverId) {
+        metrics.droppedReports.inc({ reason: "not-on-this-server" });
+        continue;
+      }
+      if (seen.has(row.id)) {
+        metrics.droppedReports.inc({ reason: "repeated" });
+        continue;
+      }
+      seen.add(row.id);
+      const verdict = judgeReport(
+        { id: row.id, serverId, state: row.state, observed: row.observed, message: row.message },
+        workload,
+      );
+      if (verdict.transition !== undefined) changes.transitions.push(verdict.transition);
+      if (verdict.observed !== undefined) {
+        changes.observations.push({
+          id: row.id,
+          observed: verdict.observed,
+          message: verdict.message ?? null,
+        });
+      }
+      if (verdict.dirty !== undefined) {
+        changes.events.push({
+          type: "allocation.dirty",
+          severity: "warning",
+          tenantId: row.tenant_id,
+          serverId,
+          allocationId: row.id,
+          actor: `agent:${serverId}`,
+          message: verdict.dirty,
+          occurredAt: new Date(clock.now()),
+        });
+      }
+    }
+  }
+
+  async function write(changes: Changes): Promise<readonly Transitioned[]> {
+    const now = clock.now();
+    const onlyTransitions =
+      changes.observations.length === 0 && changes.generations.length === 0 && changes.events.length === 0;
+    if (onlyTransitions) {
+      return changes.transitions.length === 0 ? [] : writer.write(sql, changes.transitions, now);
+    }
+    // The same order of locks as the writer's: servers, then allocations, each by id.
+    return sql.begin(async (tx) => {
+      const touched = [
+        ...changes.generations.map((change) => change.id),
+        ...changes.transitions.flatMap((change) => (change.serverId === null ? [] : [change.serverId])),
+      ];
+      if (changes.generations.length > 0) {
+        await tx`select id from servers where id = any(${touched}::uuid[]) order by id for no key update`;
+        await tx`
+          update servers set observed_generation = input.generation
+          from jsonb_to_recordset(${JSON.stringify(changes.generations)}::text::jsonb) as input(id uuid, generation bigint)
+          where servers.id = input.id and servers.observed_generation < input.generation`;
+      }
+      const done = await writer.write(tx, changes.transitions, now);
+      if (changes.observations.length > 0) {
+        await tx`
+          with input as materialized (
+            select * from jsonb_to_recordset(${JSON.stringify(changes.observations)}::text::jsonb)
+              as input(id uuid, observed jsonb, message text)
+          ), held as materialized (
+            select id from allocations where id in (select id from input) order by id for no key update
+          )
+          update allocations allocation
+          set observed = input.observed, message = coalesce(input.message, allocation.message)
+          from input join held on held.id = input.id
+          where allocation.id = input.id and allocation.state <> 'ended'`;
+      }
+      await appendEvents(tx, changes.events);
+      return done;
+    });
+  }
+
+  return {
+    async loadDesiredStates(serverIds) {
+      const documents = await loadDesiredStates({ sql, secrets: options.secrets, log }, serverIds);
+      if (documents.size > 0) options.failpoints.hit("desired-state-loaded");
+      return documents;
+    },
+    async observe(serverId, observed) {
+      options.failpoints.hit("observation-received");
+      await reports.submit({ serverId, observed });
+    },
+    capacityChanged: options.capacityChanged,
+  };
+}
