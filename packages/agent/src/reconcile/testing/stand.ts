@@ -31,11 +31,11 @@ export interface FakeGpus extends Pick<GpuMonitor, "holders" | "snapshot"> {
   unknownReason: string | undefined;
 }
 
-export function createFakeGpus(count: number): FakeGpus {
-  const uuids = Array.from(
-    { length: count },
-    (_, index) => `GPU-00000000-0000-4000-8000-00000000000${index}`,
-  );
+const madeUpUuids = (count: number): string[] =>
+  Array.from({ length: count }, (_, index) => `GPU-00000000-0000-4000-8000-00000000000${index}`);
+
+export function createFakeGpus(uuids: readonly string[]): FakeGpus {
+  const count = uuids.length;
   const gpus = uuids.map((uuid, index) =>
     // Minor numbers in another order than the indexes, as on real servers.
     GpuInventory.fromPartial({ uuid, index, model: "NVIDIA H100", minorNumber: count - 1 - index }),
@@ -139,13 +139,14 @@ export interface Stand {
 /** A reconciler on an engine, with a directory, device nodes and GPUs of its own. */
 export async function createStand(options: {
   readonly dockerHost: string;
-  readonly gpuCount?: number;
+  /** Default: four made-up ones. */
+  readonly gpuUuids?: readonly string[];
   readonly engine?: Partial<EngineOptions>;
   readonly timings?: ReconcilerTimings;
 }): Promise<Stand> {
   const dataDir = await mkdtemp(join(tmpdir(), "pbd-agent-"));
   const deviceDir = join(dataDir, "dev");
-  const gpus = createFakeGpus(options.gpuCount ?? 4);
+  const gpus = createFakeGpus(options.gpuUuids ?? madeUpUuids(4));
   const events: WorkloadEvent[] = [];
   const log = createLogger({ name: "reconciler", level: process.env["PALEBLUEDOT_TEST_LOG"] ?? "silent" });
   const make = (): Reconciler => {
