@@ -20,6 +20,7 @@ const headersTimeoutMs = 10_000;
 /** For receiving a whole request; answers may take as long as they like (streams). */
 const requestTimeoutMs = 30_000;
 const keepAliveTimeoutMs = 65_000;
+const sweepMs = 50;
 
 /** Throws PlatformError `http-listen-failed` or `http-certificate-unreadable`. */
 export async function startHttpServer(
@@ -68,11 +69,12 @@ export async function startHttpServer(
     tls: tls !== undefined,
     stop: (deadlineMs) =>
       new Promise((resolve) => {
-        const cut = setTimeout(() => {
-          server.closeAllConnections();
-        }, deadlineMs);
+        const cut = setTimeout(() => server.closeAllConnections(), deadlineMs);
+        // A connection whose last answer has just ended would stay for its keep-alive time.
+        const sweep = setInterval(() => server.closeIdleConnections(), sweepMs);
         server.close(() => {
           clearTimeout(cut);
+          clearInterval(sweep);
           resolve();
         });
         server.closeIdleConnections();

@@ -61,7 +61,7 @@ export interface TestApi {
   readonly telemetry: TelemetryStore;
   readonly adminToken: string;
   /** What agents would answer to a request for logs, by server id; absent: not connected. */
-  readonly logs: Map<string, () => AsyncIterable<LogChunk>>;
+  readonly logs: Map<string, (signal: AbortSignal) => AsyncIterable<LogChunk>>;
   /** Log lines of the process, parsed. */
   readonly logLines: Record<string, unknown>[];
   /** Server ids that an operator's change was announced for. */
@@ -124,7 +124,7 @@ export async function createTestApi(settings: Readonly<Record<string, string>> =
   });
   const enrolment = await createEnrolmentService(deps, { disconnect: () => undefined });
   const telemetry = createTelemetryStore();
-  const logs = new Map<string, () => AsyncIterable<LogChunk>>();
+  const logs: TestApi["logs"] = new Map();
   const fleetChanges: string[] = [];
   const stopping = new AbortController();
   const api = { readiness: [{ name: "database", ready: true, message: "" }] as ReadinessCheck[] };
@@ -133,9 +133,9 @@ export async function createTestApi(settings: Readonly<Record<string, string>> =
     identity,
     enrolment,
     sessions: {
-      openLogs(serverId) {
+      openLogs(serverId, _request, signal) {
         const source = logs.get(serverId);
-        if (source !== undefined) return source();
+        if (source !== undefined) return source(signal);
         throw new PlatformError({
           code: "agent-not-connected",
           kind: "conflict",
@@ -173,7 +173,7 @@ export async function createTestApi(settings: Readonly<Record<string, string>> =
       ...(body === undefined ? {} : { body }),
     });
     const text = await response.text();
-    const isJson = /json/.test(response.headers.get("content-type") ?? "");
+    const isJson = /^application\/(problem\+)?json/.test(response.headers.get("content-type") ?? "");
     return {
       status: response.status,
       headers: response.headers,
