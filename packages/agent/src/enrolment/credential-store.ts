@@ -76,19 +76,22 @@ export async function createCredentialStore(dir: string): Promise<CredentialStor
       });
     }
   };
-  let cachedKey: KeyObject | undefined;
+  const loadOrMakeKey = async (): Promise<KeyObject> => {
+    const pem = await read("key.pem");
+    if (pem !== undefined) return createPrivateKey(pem);
+    const { privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
+    await writeFileAtomic(file("key.pem"), privateKey.export({ type: "pkcs8", format: "pem" }));
+    return privateKey;
+  };
+  // One look for all callers: two that came at once would each make a key.
+  let cachedKey: Promise<KeyObject> | undefined;
 
   const store: CredentialStore = {
-    async key() {
-      if (cachedKey !== undefined) return cachedKey;
-      const pem = await read("key.pem");
-      if (pem === undefined) {
-        const { privateKey } = generateKeyPairSync("ec", { namedCurve: "P-256" });
-        await writeFileAtomic(file("key.pem"), privateKey.export({ type: "pkcs8", format: "pem" }));
-        cachedKey = privateKey;
-      } else {
-        cachedKey = createPrivateKey(pem);
-      }
+    key() {
+      cachedKey ??= loadOrMakeKey().catch((error: unknown) => {
+        cachedKey = undefined;
+        throw error;
+      });
       return cachedKey;
     },
 
