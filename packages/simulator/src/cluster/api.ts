@@ -11,6 +11,7 @@ export type Json = any;
 
 export interface Api {
   readonly baseUrl: string;
+  readonly token: string;
   request(
     method: string,
     path: string,
@@ -59,6 +60,7 @@ export function createApi(baseUrl: string, token: string): Api {
   };
   return {
     baseUrl,
+    token,
     request,
     get: (path) => checked("GET", path),
     post: (path, body, headers) => checked("POST", path, body, headers),
