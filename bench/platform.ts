@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync } from "node:fs";
+import { chmodSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -27,6 +27,8 @@ export async function startBenchPlatform(
   options: Pick<FleetOptions, "agents" | "telemetryIntervalMs"> & Partial<FleetOptions>,
 ): Promise<BenchPlatform> {
   const directory = mkdtempSync(join(tmpdir(), "palebluedot-bench-"));
+  // The database runs as a user of its own, who must be able to pass.
+  chmodSync(directory, 0o711);
   const log = createLogger({ name: "bench", level: "warn" });
   const database = await startEmbeddedPostgres({
     directory: join(directory, "postgres"),

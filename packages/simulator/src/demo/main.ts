@@ -2,7 +2,7 @@
  * `npm run demo [-- --once] [-- --port 8080]`: a controller on embedded PostgreSQL, four simulated GPU
  * servers with the real agent on each, and one allocation from request to verified clean.
  */
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { chmodSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -37,6 +37,8 @@ if (values.help) {
 }
 
 const directory = mkdtempSync(join(tmpdir(), "palebluedot-demo-"));
+// Started by root, the database runs as a user of its own, who must be able to pass.
+chmodSync(directory, 0o711);
 const running: RunningProcess[] = [];
 let engine: DemoEngine | undefined;
 let ending = false;
@@ -143,13 +145,11 @@ async function main(): Promise<void> {
   }
 }
 
-if (existsSync(directory)) {
-  await main().catch(async (error: unknown) => {
-    process.stderr.write(`\nThe demo failed: ${error instanceof Error ? error.message : String(error)}\n`);
-    if (error instanceof Error && error.cause !== undefined)
-      process.stderr.write(
-        `because: ${error.cause instanceof Error ? error.cause.message : JSON.stringify(error.cause)}\n`,
-      );
-    await end(1);
-  });
-}
+await main().catch(async (error: unknown) => {
+  process.stderr.write(`\nThe demo failed: ${error instanceof Error ? error.message : String(error)}\n`);
+  if (error instanceof Error && error.cause !== undefined)
+    process.stderr.write(
+      `because: ${error.cause instanceof Error ? error.cause.message : JSON.stringify(error.cause)}\n`,
+    );
+  await end(1);
+});
