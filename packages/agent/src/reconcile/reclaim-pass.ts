@@ -14,10 +14,8 @@ const holdersDeadlineMs = 60_000;
 export async function reclaimPass(state: WorkloadState, context: WorkloadContext): Promise<Next> {
   const { client } = context;
   const { allocationId } = state;
-  if (state.observed.phase === Phase.CLEAN) return { kind: "clean" };
   const labels = [`${labelNames.allocation}=${allocationId}`, `${labelNames.owner}=${context.ownerId}`];
   const containers = await client.list(labels);
-  const gpuUuids = new Set([...state.desired.gpuUuids, ...context.gate.heldBy(allocationId)]);
   if (containers.length > 0) {
     state.verifyingSinceUnixMs = undefined;
     state.report({ phase: Phase.STOPPING, reason: "", message: "", holders: [] });
@@ -38,6 +36,7 @@ export async function reclaimPass(state: WorkloadState, context: WorkloadContext
     // Seen gone, not assumed gone.
     return again(0);
   }
+  if (state.observed.phase === Phase.CLEAN) return { kind: "clean" };
   if (safeNamePattern.test(allocationId)) {
     try {
       await context.volumes.remove(allocationId);
@@ -45,13 +44,15 @@ export async function reclaimPass(state: WorkloadState, context: WorkloadContext
       return dirty(state, context, "volume-not-deleted", errorMessage(error), []);
     }
   }
-  if (gpuUuids.size === 0) return clean(state, context);
+  // Those it touched, not those it wanted: while it waited for a GPU another tenant was on that one.
+  const gpuUuids = context.gate.heldBy(allocationId);
+  if (gpuUuids.length === 0) return clean(state, context);
 
   state.verifyingSinceUnixMs ??= context.clock.now();
   if (state.observed.phase !== Phase.DIRTY) {
     state.report({ phase: Phase.VERIFYING, reason: "", message: "" });
   }
-  const look = await lookAtGpus(context, [...gpuUuids]);
+  const look = await lookAtGpus(context, gpuUuids);
   if (look.kind === "known" && look.holders.length === 0) return clean(state, context);
   const overdue = context.clock.now() - state.verifyingSinceUnixMs >= context.timings.verifyMs;
   if (!overdue && state.observed.phase !== Phase.DIRTY) return again(context.timings.verifyPollMs);
@@ -90,6 +91,7 @@ async function lookAtGpus(context: WorkloadContext, gpuUuids: readonly string[])
 function clean(state: WorkloadState, context: WorkloadContext): Next {
   const wasDirty = state.observed.phase === Phase.DIRTY;
   state.verifyingSinceUnixMs = undefined;
+  state.remember({ gpuUuids: [] });
   state.report({
     phase: Phase.CLEAN,
     reason: "",

@@ -297,6 +297,50 @@ describe.skipIf(!isAvailable(started))(`containers on a real Docker Engine${why}
     );
   });
 
+  test("a GPU that is not clean stays held over a restart of the agent; who only waited for it gives nothing back", async () => {
+    await stand.restart();
+    const [gpu = ""] = stand.gpus.uuids;
+    await stand.reconciler.setDesired(document(1, [workload("first", forever, { gpuUuids: [gpu] })]));
+    await stand.phase("first", "RUNNING");
+    stand.gpus.occupied.set(gpu, [{ gpuUuid: gpu, pid: 1, processName: "left", memoryUsedBytes: 1 }]);
+    const first = workload("first", forever, { gpuUuids: [gpu], reclaimed: true });
+    const waits = workload("waits", forever, { gpuUuids: [gpu] });
+    // The waiting one comes first in the document: order must not decide.
+    await stand.reconciler.setDesired(document(2, [waits, first]));
+    await stand.phase("first", "DIRTY");
+    await stand.restart();
+    expect(stand.of("first")?.phase).toBe(Phase.DIRTY);
+    await stand.phase("waits", "ACCEPTED", "waiting-for-gpu");
+    await stand.reconciler.setDesired(
+      document(3, [workload("waits", forever, { gpuUuids: [gpu], reclaimed: true }), first]),
+    );
+    await stand.phase("waits", "CLEAN");
+    expect(stand.of("first")?.phase).toBe(Phase.DIRTY);
+    expect(stand.events.filter((event) => event.type === "container.started").length).toBe(1);
+
+    // Also when the document forgets it: the GPU is the last one's until it was seen clean.
+    await stand.reconciler.setDesired(document(4, [waits]));
+    await stand.restart();
+    await stand.phase("waits", "ACCEPTED", "waiting-for-gpu");
+    await stand.reconciler.setDesired(
+      document(5, [first, workload("waits", forever, { gpuUuids: [gpu], reclaimed: true })]),
+    );
+    await stand.phase("waits", "CLEAN");
+
+    stand.gpus.occupied.clear();
+    await stand.phase("first", "CLEAN");
+    const next = workload("next", forever, { gpuUuids: [gpu] });
+    await stand.reconciler.setDesired(document(6, [first, next]));
+    await stand.phase("next", "RUNNING");
+    // The next tenant works on it: that makes the verified one no less clean, also after a restart.
+    stand.gpus.occupied.set(gpu, [{ gpuUuid: gpu, pid: 2, processName: "next", memoryUsedBytes: 1 }]);
+    await stand.restart();
+    expect(stand.of("first")?.phase).toBe(Phase.CLEAN);
+    await stand.phase("next", "RUNNING");
+    expect(stand.of("first")?.phase).toBe(Phase.CLEAN);
+    stand.gpus.occupied.clear();
+  });
+
   test("an engine that is away changes no phase; when it is back the work goes on", async () => {
     if (!engine.daemon) return;
     await stand.restart();
@@ -444,6 +488,7 @@ describe.skipIf(!isAvailable(started))(`containers on a real Docker Engine${why}
     );
     await stand.phase("s", "EXITED");
     expect(await output(stand.reconciler, "s")).toBe(`got ${secret}\n`);
+    await stand.reconciler.stop();
     for (const name of await readdir(stand.dataDir)) {
       const path = join(stand.dataDir, name);
       const facts = await stat(path);
@@ -452,6 +497,7 @@ describe.skipIf(!isAvailable(started))(`containers on a real Docker Engine${why}
       expect(facts.mode & 0o777, name).toBe(0o600);
     }
     expect((await stat(stand.dataDir)).mode & 0o777).toBe(0o700);
+    await stand.restart();
   });
 
   test("volumes left by an interrupted release are deleted at the next start", async () => {

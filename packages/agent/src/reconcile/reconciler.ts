@@ -229,14 +229,20 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         });
       }
     }
-    // Volumes whose container is gone already: the agent was interrupted while it reclaimed them.
-    for (const allocationId of await readdir(context.volumes.root)) {
+    // What an interrupted release left when its container was gone already: volumes, GPUs not yet verified.
+    const left = new Map<string, readonly string[]>();
+    for (const allocationId of await readdir(context.volumes.root)) left.set(allocationId, []);
+    for (const [allocationId, record] of context.records.entries()) {
+      if (record.gpuUuids.length > 0) left.set(allocationId, record.gpuUuids);
+      else if (!workloads.has(allocationId) && !left.has(allocationId)) context.records.delete(allocationId);
+    }
+    for (const [allocationId, gpuUuids] of left) {
       if (workloads.has(allocationId)) continue;
       orphan({
         allocationId,
         tenantId: "",
         target: WorkloadDesired_Target.RECLAIMED,
-        gpuUuids: [],
+        gpuUuids: [...gpuUuids],
         container: undefined,
       });
     }

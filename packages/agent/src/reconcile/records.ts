@@ -15,6 +15,8 @@ const recordSchema = z.object({
   quickExits: z.int().min(0),
   /** FinishedAt of the last exit that was told as an event. */
   reportedExit: z.string(),
+  /** GPUs that it may have touched and that were not verified since; they stay held over a restart. */
+  gpuUuids: z.array(z.string()),
   failure: z.object({ reason: z.string(), message: z.string() }).optional(),
   /**
    * What was last told, in the wire's encoding as base64: an agent that starts while the engine is away
@@ -25,8 +27,9 @@ const recordSchema = z.object({
 export type WorkloadRecord = z.infer<typeof recordSchema>;
 const fileSchema = z.object({ version: z.literal(1), workloads: z.record(z.string(), recordSchema) });
 
-export const emptyRecord = (specHash: string): WorkloadRecord => ({
+export const emptyRecord = (specHash: string, gpuUuids: readonly string[]): WorkloadRecord => ({
   specHash,
+  gpuUuids: [...gpuUuids],
   started: false,
   restartCount: 0,
   quickExits: 0,
@@ -38,6 +41,7 @@ export interface RecordStore {
   get(allocationId: string): WorkloadRecord | undefined;
   set(allocationId: string, record: WorkloadRecord): void;
   delete(allocationId: string): void;
+  entries(): readonly (readonly [allocationId: string, record: WorkloadRecord])[];
   /** Resolves when all that was set before is on disk. Failures are logged: the records are a refinement. */
   flush(): Promise<void>;
 }
@@ -87,6 +91,7 @@ export async function createRecordStore(dataDir: string, log: Logger): Promise<R
       dirty = true;
       void flush();
     },
+    entries: () => [...records],
     flush,
   };
 }

@@ -350,6 +350,7 @@ async function startNew(
     log.warn({ allocationId, inTheWay }, "waiting for a GPU that another workload holds");
     return settled;
   }
+  state.remember({ gpuUuids: [...context.gate.heldBy(allocationId)] });
   const present = await presentGpus(state, context, facts);
   if (!("gpus" in present)) return present;
 

@@ -26,16 +26,22 @@ export interface Workload {
   stop(): Promise<void>;
 }
 
-/** What the last run of the agent told, as far as it may be claimed without looking. */
-function restored(allocationId: string, record: WorkloadRecord): WorkloadObserved {
+/** The record of the last run of the agent, as far as it still holds for this wish. */
+function restoredRecord(stored: WorkloadRecord | undefined, desired: WorkloadDesired): WorkloadRecord {
+  const hash = specHash(desired);
+  const reclaimed = desired.target === WorkloadDesired_Target.RECLAIMED;
+  // Nothing is known of a workload that is first seen when it is to be reclaimed: it may have run.
+  if (!stored) return emptyRecord(hash, reclaimed ? desired.gpuUuids : []);
+  return stored.specHash === hash || reclaimed ? stored : emptyRecord(hash, stored.gpuUuids);
+}
+
+/** What was last told, as far as it may be claimed without looking. */
+function restoredPicture(desired: WorkloadDesired, record: WorkloadRecord): WorkloadObserved {
   const told = WorkloadObserved.decode(Buffer.from(record.observed, "base64"));
-  const phase = told.phase === Phase.UNSPECIFIED ? Phase.ACCEPTED : told.phase;
-  return {
-    ...told,
-    allocationId,
-    // Clean is claimed only by who verified it: this process has not.
-    phase: phase === Phase.CLEAN ? Phase.VERIFYING : phase,
-  };
+  // Clean stays clean while it is to be reclaimed: it was verified, and nothing was started since.
+  const stale = told.phase === Phase.CLEAN && desired.target !== WorkloadDesired_Target.RECLAIMED;
+  const phase = told.phase === Phase.UNSPECIFIED || stale ? Phase.ACCEPTED : told.phase;
+  return { ...told, allocationId: desired.allocationId, phase };
 }
 
 export function createWorkload(options: {
@@ -51,14 +57,15 @@ export function createWorkload(options: {
   const { context } = options;
   const { allocationId } = options.desired;
   const firstHash = specHash(options.desired);
-  const stored = context.records.get(allocationId);
-  const record = stored?.specHash === firstHash ? stored : emptyRecord(firstHash);
+  const record = restoredRecord(context.records.get(allocationId), options.desired);
+  // Before any pass of any workload: nobody else gets a GPU that this one may have left something on.
+  context.gate.adopt(allocationId, record.gpuUuids);
   const state: WorkloadState = {
     allocationId,
     desired: options.desired,
     hash: firstHash,
     record,
-    observed: restored(allocationId, record),
+    observed: restoredPicture(options.desired, record),
     attempts: 0,
     missingSinceUnixMs: undefined,
     verifyingSinceUnixMs: undefined,
@@ -164,7 +171,7 @@ export function createWorkload(options: {
       const reclaimed = desired.target === WorkloadDesired_Target.RECLAIMED;
       if (hash !== state.hash && !reclaimed) {
         state.hash = hash;
-        state.remember(emptyRecord(hash));
+        state.remember(emptyRecord(hash, state.record.gpuUuids));
       }
       state.desired = desired;
       state.attempts = 0;
@@ -173,7 +180,7 @@ export function createWorkload(options: {
       state.restartDue = undefined;
       if (!reclaimed && state.observed.phase === Phase.CLEAN) {
         // Wanted again after it was reclaimed: it begins anew.
-        state.remember(emptyRecord(hash));
+        state.remember(emptyRecord(hash, state.record.gpuUuids));
         state.report({ phase: Phase.ACCEPTED, startedAtUnixMs: 0, restartCount: 0 });
       }
       pass.abort(new Error("the desired state changed"));
