@@ -156,11 +156,15 @@ describe("engine", () => {
     await expect(startEngine({ stateDir: server.stateDir, socketPath })).rejects.toMatchObject({
       code: "simulated-engine-running",
     });
-    const other = join(server.stateDir, "other.sock");
-    const main = new URL("../main.ts", import.meta.url).pathname;
-    const child = execa(process.execPath, [main, "engine", "--state", server.stateDir, "--socket", other], {
-      reject: false,
+    const elsewhere = join(server.stateDir, "elsewhere.sock");
+    await expect(startEngine({ stateDir: server.stateDir, socketPath: elsewhere })).rejects.toMatchObject({
+      code: "simulated-engine-running",
     });
+    using second = testServer();
+    const other = join(second.stateDir, "other.sock");
+    const main = new URL("../main.ts", import.meta.url).pathname;
+    const args = [main, "engine", "--state", second.stateDir, "--socket", other];
+    const child = execa(process.execPath, args, { reject: false });
     await until(
       async () => existsSync(other),
       (there) => there,
@@ -168,7 +172,7 @@ describe("engine", () => {
     child.kill("SIGKILL");
     await child;
     expect(existsSync(other)).toBe(true);
-    const next = await startEngine({ stateDir: server.stateDir, socketPath: other });
+    const next = await startEngine({ stateDir: second.stateDir, socketPath: other });
     await next.stop();
     expect(existsSync(other)).toBe(false);
   });

@@ -3,14 +3,21 @@
  * state directory of a simulated server. It names itself a simulation in its version.
  */
 import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, rmSync } from "node:fs";
 import { createServer, type Server } from "node:http";
 import { createConnection } from "node:net";
 import { arch, cpus, release, totalmem } from "node:os";
 import { dirname, join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { z } from "zod";
 import { errorMessage, isPlatformError, PlatformError } from "@palebluedot/shared/errors.ts";
-import { paths, readServer, writeJson, type ServerDescription } from "../nvidia-smi/state.ts";
+import {
+  paths,
+  processStartTicks,
+  readServer,
+  writeJson,
+  type ServerDescription,
+} from "../nvidia-smi/state.ts";
 import { containerRoutes } from "./container-routes.ts";
 import { createContainerManager } from "./containers.ts";
 import { createEventLog } from "./events.ts";
@@ -86,7 +93,25 @@ function listen(server: Server, socketPath: string): Promise<void> {
   });
 }
 
-/** Starts the engine. Throws `simulated-engine-running` when the socket is answered already. */
+const ownerSchema = z.object({ pid: z.number(), start_ticks: z.number() });
+
+/** Two engines on one directory would both restart its containers. */
+function refuseSecondEngine(ownership: string, stateDir: string): void {
+  if (!existsSync(ownership)) return;
+  const owner = ownerSchema.safeParse(JSON.parse(readFileSync(ownership, "utf8")));
+  if (!owner.success || processStartTicks(owner.data.pid) !== owner.data.start_ticks) return;
+  throw new PlatformError({
+    code: "simulated-engine-running",
+    kind: "conflict",
+    message: `process ${owner.data.pid} runs an engine on ${stateDir} already`,
+    hint: "stop it, or make another server",
+  });
+}
+
+/**
+ * Starts the engine. Throws `simulated-engine-running` when the socket is answered already, or another engine
+ * works on the directory.
+ */
 export async function startEngine(options: EngineOptions): Promise<SimulatedEngine> {
   const stateDir = resolve(options.stateDir);
   const dir = join(stateDir, "engine");
@@ -104,6 +129,9 @@ export async function startEngine(options: EngineOptions): Promise<SimulatedEngi
     // Left by an engine that was killed.
     rmSync(options.socketPath, { force: true });
   }
+  const ownership = join(dir, "owner.json");
+  refuseSecondEngine(ownership, stateDir);
+  writeJson(ownership, { pid: process.pid, start_ticks: processStartTicks(process.pid) ?? 0 });
   const server = existsSync(paths.server(stateDir)) ? readServer(stateDir) : undefined;
   const cdiDir = join(dir, "cdi");
   if (server) writeCdi(cdiDir, server);
@@ -257,6 +285,7 @@ export async function startEngine(options: EngineOptions): Promise<SimulatedEngi
       events.close();
       http.close(() => {
         rmSync(options.socketPath, { force: true });
+        rmSync(ownership, { force: true });
         done();
       });
       http.closeAllConnections();

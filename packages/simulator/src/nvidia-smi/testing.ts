@@ -12,7 +12,13 @@ export interface TestServer extends SimulatedServer, Disposable {
 
 export function testServer(options: Partial<SimulatedServerOptions> = {}): TestServer {
   const dir = mkdtempSync(join(tmpdir(), "palebluedot-sim-"));
-  const server = createSimulatedServer({ dir, model: "h100", count: 2, ...options });
+  let server: SimulatedServer;
+  try {
+    server = createSimulatedServer({ dir, model: "h100", count: 2, ...options });
+  } catch (error) {
+    rmSync(dir, { recursive: true, force: true });
+    throw error;
+  }
   return {
     ...server,
     smi: async (...args) => {
