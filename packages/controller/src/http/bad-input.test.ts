@@ -154,6 +154,9 @@ describe("parameters and paths that are wrong", () => {
     ["a limit given twice", "/api/v1/servers?limit=1&limit=2", 400, "invalid-parameter"],
     ["an unknown parameter", "/api/v1/servers?limt=1", 400, "invalid-parameter"],
     ["an unknown state", "/api/v1/servers?state=broken", 400, "invalid-parameter"],
+    ["invalid UTF-8 in a filter", "/api/v1/servers?q=%ff", 400, "invalid-url-encoding"],
+    ["half a percent escape", "/api/v1/servers?q=%z", 400, "invalid-url-encoding"],
+    ["invalid UTF-8 in an id", "/api/v1/servers/%ff", 404, "server-not-found"],
     ["NUL in a filter", "/api/v1/servers?q=%00", 400, "invalid-text"],
     ["a cursor that is noise", "/api/v1/servers?cursor=%7B%7D", 400, "invalid-cursor"],
     [

@@ -113,8 +113,7 @@ export function statusOf(error: PlatformError): number {
 
 export function problemOf(error: PlatformError, requestId: string): Problem {
   const status = statusOf(error);
-  return {
-    ...error.details,
+  const problem = {
     type: `urn:palebluedot:problem:${error.code}`,
     title: titles[status] ?? "Error",
     status,
@@ -125,6 +124,8 @@ export function problemOf(error: PlatformError, requestId: string): Problem {
     request_id: requestId,
     retryable: error.retryable,
   };
+  // Twice: what people read first stands first, and details never replace it.
+  return { ...problem, ...error.details, ...problem };
 }
 
 export function problemResponse(

@@ -118,6 +118,19 @@ function refuse(faults: readonly FieldFault[], status: 400 | 422, what: string, 
   });
 }
 
+function requireDecodable(search: string): void {
+  try {
+    decodeURIComponent(search);
+  } catch {
+    throw new PlatformError({
+      code: "invalid-url-encoding",
+      kind: "invalid",
+      message: "the query string is not percent-encoded UTF-8",
+      hint: "Encode each parameter, e.g. with encodeURIComponent or curl --data-urlencode -G.",
+    });
+  }
+}
+
 /** Parses everything that came from outside, once, by the route's schemas. */
 export async function parseRequest(
   route: Route,
@@ -141,6 +154,7 @@ export async function parseRequest(
     }
     params = parsed.data;
   }
+  requireDecodable(new URL(c.req.url).search);
   const given: Record<string, string | string[]> = Object.create(null) as Record<string, string | string[]>;
   for (const [name, values] of Object.entries(c.req.queries())) {
     if (values.some((value) => !isStorable(value))) throw invalidText();

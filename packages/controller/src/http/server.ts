@@ -1,11 +1,14 @@
+import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
-import { createServer, type Server } from "node:http";
+import { createServer, type Server, STATUS_CODES } from "node:http";
 import { createServer as createTlsServer } from "node:https";
 import type { AddressInfo } from "node:net";
+import type { Duplex } from "node:stream";
 import { getRequestListener } from "@hono/node-server";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Hono } from "hono";
 import type { ControllerConfig } from "../config/config.ts";
+import { problemContentType, problemOf } from "./problem.ts";
 import type { HttpEnv } from "./route.ts";
 
 export interface HttpServer {
@@ -45,6 +48,7 @@ export async function startHttpServer(
     tls === undefined
       ? createServer(timeouts, onRequest)
       : createTlsServer({ ...timeouts, ...tls, minVersion: "TLSv1.2" }, onRequest);
+  server.on("clientError", refuseUnreadable);
   await new Promise<void>((resolve, reject) => {
     const onError = (cause: Error): void => {
       reject(
@@ -80,6 +84,39 @@ export async function startHttpServer(
         server.closeIdleConnections();
       }),
   };
+}
+
+const unreadable: Readonly<Record<string, readonly [status: number, code: string, detail: string]>> = {
+  HPE_HEADER_OVERFLOW: [431, "headers-too-large", "the request's headers are too large"],
+  ERR_HTTP_REQUEST_TIMEOUT: [408, "request-timeout", "the request did not arrive in time"],
+};
+
+/** What is no HTTP request never reaches the app; it still gets a problem document. */
+function refuseUnreadable(error: NodeJS.ErrnoException, socket: Duplex): void {
+  if (error.code === "ECONNRESET" || !socket.writable) {
+    socket.destroy();
+    return;
+  }
+  const [status, code, detail] = unreadable[error.code ?? ""] ?? [
+    400,
+    "invalid-http",
+    "this is not a valid HTTP request",
+  ];
+  const problem = problemOf(
+    new PlatformError({
+      code,
+      kind: "invalid",
+      status,
+      message: detail,
+      hint: "Speak HTTP/1.1, with less than 16 KiB of headers.",
+    }),
+    randomUUID(),
+  );
+  const body = JSON.stringify(problem);
+  socket.end(
+    `HTTP/1.1 ${status} ${STATUS_CODES[status] ?? "Error"}\r\ncontent-type: ${problemContentType}\r\n` +
+      `content-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`,
+  );
 }
 
 function readCertificate(
