@@ -18,7 +18,7 @@ export async function walk({ controller, servers, engine }: Walk): Promise<void>
   for (const server of (await admin.get("/api/v1/servers")).items) {
     const gpus = (await admin.get(`/api/v1/gpus?server_id=${server.id}`)).items;
     line(
-      `${String(server.name).padEnd(12)} ${server.state.padEnd(10)} ${gpus.length} x ${gpus[0]?.model ?? "no GPU"}, driver ${gpus[0]?.driver_version ?? "unknown"}`,
+      `${String(server.name).padEnd(12)} ${server.state.padEnd(10)} ${gpus.length} x ${gpus[0]?.model ?? "no GPU"}, driver ${(await admin.get(`/api/v1/gpus/${gpus[0]?.id}`)).inventory.driver_version}`,
     );
   }
 
@@ -67,7 +67,7 @@ export async function walk({ controller, servers, engine }: Walk): Promise<void>
       eventually(
         "a GPU of the allocation is busy",
         async () => {
-          const { latest_sample: sample } = await admin.get(`/api/v1/gpus/${gpuId}/status`);
+          const { sample } = await admin.get(`/api/v1/gpus/${gpuId}/status`);
           return sample !== null && sample.utilization_ratio > 0.5 && sample.memory_used_bytes > 2 ** 30
             ? sample
             : undefined;
