@@ -234,23 +234,25 @@ async function checkDisk(options: DoctorOptions): Promise<readonly CheckResult[]
 }
 
 async function checkCertificate(options: DoctorOptions): Promise<readonly CheckResult[]> {
-  const names: string[] = await readdir(options.dataDir).catch(() => []);
-  for (const name of names.filter((candidate) => /\.(pem|crt|der)$/.test(candidate))) {
-    const bytes = await readFile(join(options.dataDir, name)).catch(() => undefined);
-    const certificate = bytes === undefined ? undefined : parseCertificate(bytes);
-    if (certificate === undefined || certificate.ca) continue;
-    const end = new Date(certificate.validTo);
-    return end.getTime() > Date.now()
-      ? [ok("certificate", `valid until ${end.toISOString()}`)]
-      : [warning("certificate", `expired on ${end.toISOString()}`, "start the agent: it renews by itself")];
+  const file = join(options.dataDir, "identity/certificate.pem");
+  const bytes = await readFile(file).catch(() => undefined);
+  if (bytes === undefined) {
+    return [
+      warning(
+        "certificate",
+        `${file} cannot be read: this host is not enrolled, or doctor does not run as the agent's user`,
+        "start the agent with PALEBLUEDOT_JOIN_TOKEN_FILE",
+      ),
+    ];
   }
-  return [
-    warning(
-      "certificate",
-      `none in ${options.dataDir}: this host is not enrolled`,
-      "start the agent with PALEBLUEDOT_JOIN_TOKEN_FILE",
-    ),
-  ];
+  const certificate = parseCertificate(bytes);
+  if (certificate === undefined) {
+    return [failed("certificate", `${file} is damaged`, "remove it and start the agent: it enrols again")];
+  }
+  const end = new Date(certificate.validTo);
+  return end.getTime() > Date.now()
+    ? [ok("certificate", `valid until ${end.toISOString()}`)]
+    : [warning("certificate", `expired on ${end.toISOString()}`, "start the agent: it renews by itself")];
 }
 
 function parseCertificate(bytes: Buffer): X509Certificate | undefined {

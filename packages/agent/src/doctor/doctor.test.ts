@@ -83,6 +83,12 @@ describe("doctor", () => {
     expect(result?.remedy).toContain("modprobe nvidia");
   });
 
+  it("says that a certificate is damaged", async () => {
+    mkdirSync(join(dir, "identity"));
+    writeFileSync(join(dir, "identity/certificate.pem"), "nonsense");
+    expect(find(await runDoctor(options()), "certificate")).toMatchObject({ status: "failed" });
+  });
+
   it("ends although nvidia-smi hangs", async () => {
     const path = join(dir, "nvidia-smi");
     writeFileSync(path, "#!/bin/sh\nexec sleep 600\n");
