@@ -49,7 +49,7 @@ export const configSchema = z.object({
 });
 
 export type AgentConfig = z.infer<typeof configSchema>;
-export type SettingName = keyof AgentConfig & string;
+export type SettingName = keyof AgentConfig;
 
 export const settingNames = Object.keys(configSchema.shape) as SettingName[];
 

@@ -71,6 +71,7 @@ export async function createEnrolment(options: EnrolmentOptions): Promise<Enrolm
   const address = splitHostPort(options.controller, 8443);
   let offsetMs = 0;
   let lastRenewalAttemptMs = 0;
+  let renewing: Promise<Credentials | undefined> | undefined;
 
   const now = (): number => clock.now() + offsetMs;
 
@@ -205,7 +206,15 @@ export async function createEnrolment(options: EnrolmentOptions): Promise<Enrolm
   }
 
   /** Undefined: the key is lost, enrol anew. */
-  async function renewOrKeep(credentials: Credentials): Promise<Credentials | undefined> {
+  function renewOrKeep(credentials: Credentials): Promise<Credentials | undefined> {
+    // The timer and a failed connection may both want it: one call, one set of files.
+    renewing ??= tryRenewal(credentials).finally(() => {
+      renewing = undefined;
+    });
+    return renewing;
+  }
+
+  async function tryRenewal(credentials: Credentials): Promise<Credentials | undefined> {
     try {
       return await renew(credentials);
     } catch (error) {
@@ -232,7 +241,8 @@ export async function createEnrolment(options: EnrolmentOptions): Promise<Enrolm
         const renewed = await renewOrKeep(credentials);
         if (renewed === undefined) continue;
         // Not renewed but not expired either: good enough to connect.
-        if (renewed !== credentials || now() < credentials.expiresAtUnixMs) return renewed;
+        if (renewed.certificatePem !== credentials.certificatePem || now() < credentials.expiresAtUnixMs)
+          return renewed;
         await clock.sleep(500 + fullJitterMs(attempt, backoff, random), signal);
       }
     },
@@ -245,8 +255,9 @@ export async function createEnrolment(options: EnrolmentOptions): Promise<Enrolm
         await clock.sleep(Math.min(Math.max(dueMs, failures > 0 ? 1000 * 2 ** failures : 0), 60_000), signal);
         if (credentials === undefined || now() < renewalDueMs(credentials)) continue;
         const renewed = await renewOrKeep(credentials);
-        failures = renewed === credentials ? Math.min(failures + 1, 6) : 0;
-        if (renewed !== undefined && renewed !== credentials) onRenewed(renewed);
+        failures = renewed?.certificatePem === credentials.certificatePem ? Math.min(failures + 1, 6) : 0;
+        if (renewed !== undefined && renewed.certificatePem !== credentials.certificatePem)
+          onRenewed(renewed);
       }
     },
 

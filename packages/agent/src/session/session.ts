@@ -273,6 +273,7 @@ export function createSession(options: SessionOptions): Session {
         await options.enrolment.connectionFailed();
         return fullJitterMs(attempt, { baseMs: 5000, capMs: 60_000 }, random);
       case Goodbye_Reason.UNSPECIFIED:
+      case Goodbye_Reason.UNRECOGNIZED:
       case undefined:
         break;
     }

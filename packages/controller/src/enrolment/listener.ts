@@ -70,7 +70,7 @@ export function createEnrolmentHandlers(
 
   return {
     enrol: (call, callback) => {
-      respond(
+      void respond(
         callback,
         answer(call, "enrol", async (): Promise<EnrolResponse> => {
           const outcome = await enrolment.enrol(call.request);
@@ -100,7 +100,7 @@ export function createEnrolmentHandlers(
       );
     },
     renew: (call, callback) => {
-      respond(
+      void respond(
         callback,
         answer(call, "renew", async (): Promise<RenewResponse> => {
           const certificate = await enrolment.renew(call.request);
@@ -116,11 +116,15 @@ export function createEnrolmentHandlers(
   };
 }
 
-function respond<T>(callback: sendUnaryData<T>, work: Promise<T>): void {
-  work.then(
-    (response) => callback(null, response),
-    (error: unknown) => callback(toGrpcStatus(error)),
-  );
+async function respond<T>(callback: sendUnaryData<T>, work: Promise<T>): Promise<void> {
+  let response: T;
+  try {
+    response = await work;
+  } catch (error) {
+    callback(toGrpcStatus(error));
+    return;
+  }
+  callback(null, response);
 }
 
 function addressOf(peer: string): string {

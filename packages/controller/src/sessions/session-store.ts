@@ -59,12 +59,12 @@ export async function startSession(
       connected_at = now(), disconnected_at = null, conditions = s.conditions - 'unreachable',
       agent_version = ${version}, agent_capabilities = ${capabilities}, boot_id = ${bootId}, updated_at = now()
     from old where s.id = old.id
-    returning s.session_epoch as epoch, s.name as "serverName", s.state, old.inventory_sha256 as "inventorySha256",
+    returning s.session_epoch::float8 as epoch, s.name as "serverName", s.state, old.inventory_sha256 as "inventorySha256",
       array(select uuid from gpus where server_id = s.id and present) as "gpuUuids",
       coalesce((select last_sequence from agent_event_cursors
         where server_id = s.id and journal_id = ${journalId}), 0)::float8 as "lastEventSequence",
       old.session_replica as "previousReplica", old.boot_id as "previousBootId", old.was_unreachable as "wasUnreachable"`;
-  return row === undefined ? undefined : { ...row, epoch: Number(row.epoch) };
+  return row;
 }
 
 /** Marks sessions as ended, where no newer one took their place. One statement for any number. */
