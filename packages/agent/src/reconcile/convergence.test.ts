@@ -68,6 +68,31 @@ describe.skipIf(!isAvailable(started))(`convergence on a real Docker Engine${why
     }
   });
 
+  test("an agent that stops does not wait for a container's grace; the next one goes on", async () => {
+    const stand = await createStand({ dockerHost: engine.dockerHost });
+    try {
+      await stand.restart();
+      const deaf = {
+        command: ["/bin/sh", "-c"],
+        args: ["trap '' TERM; while :; do sleep 0.1; done"],
+        stopGraceSeconds: 15,
+      };
+      await stand.reconciler.setDesired(document(1, [workload("deaf", deaf)]));
+      await stand.phase("deaf", "RUNNING");
+      await stand.reconciler.setDesired(document(2, [workload("deaf", deaf, { reclaimed: true })]));
+      await stand.phase("deaf", "STOPPING");
+      const before = Date.now();
+      await stand.restart();
+      expect(Date.now() - before).toBeLessThan(10_000);
+      await stand.reconciler.setDesired(
+        document(3, [workload("deaf", { ...deaf, stopGraceSeconds: 1 }, { reclaimed: true })]),
+      );
+      await stand.phase("deaf", "CLEAN", undefined, 50_000);
+    } finally {
+      await stand.close();
+    }
+  });
+
   test("whatever the documents say, no GPU ever has two running containers, and in the end all is clean", async () => {
     const seed = Number(process.env["PALEBLUEDOT_TEST_SEED"] ?? Date.now() % 100_000);
     const random = seeded(seed);

@@ -350,7 +350,10 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       if (started) {
         await accepting;
         await started.watch.stop();
+        // A container's grace may be an hour: after a few seconds calls are cut, the next start goes on there.
+        const cut = setTimeout(() => client.close(), 5000);
         await Promise.all([...workloads.values()].map((workload) => workload.stop()));
+        clearTimeout(cut);
         await started.context.records.flush();
       }
       client.close();
