@@ -215,7 +215,7 @@ export class TestSession {
   ended = false;
   error: ServiceError | undefined;
 
-  constructor(peer: EnrolledPeer, hello: Partial<Hello> | undefined = {}) {
+  constructor(peer: EnrolledPeer, hello: Partial<Hello> | null = {}) {
     this.client = agentClient(peer);
     this.stream = this.client.session();
     this.stream.on("data", (message: SessionResponse) => this.received.push(message));
@@ -226,7 +226,7 @@ export class TestSession {
       this.ended = true;
       this.error = error;
     });
-    if (hello !== undefined) this.hello(hello);
+    if (hello !== null) this.hello(hello);
   }
 
   hello(hello: Partial<Hello>): void {
