@@ -94,7 +94,7 @@ export function simulatedSamples(host: SimulatedHost, timeUnixMs: number, busy: 
     timeUnixMs,
     utilizationRatio: busy ? 0.9 + Math.random() * 0.1 : 0,
     memoryUtilizationRatio: busy ? 0.5 : 0,
-    memoryUsedBytes: busy ? memoryBytes * 0.8 : 600 * 1024 * 1024,
+    memoryUsedBytes: busy ? Math.floor(memoryBytes * 0.8) : 600 * 1024 * 1024,
     temperatureCelsius: busy ? 65 : 31,
     memoryTemperatureCelsius: busy ? 75 : 38,
     powerDrawWatts: busy ? 650 : 72,
