@@ -196,6 +196,22 @@ describe("nvidia-smi in trouble", () => {
     expect(watched.snapshot().gpus).toEqual([]);
   });
 
+  it("still knows its GPUs when it is restarted while nvidia-smi hangs", async () => {
+    await make("a100", 4);
+    const first = await monitor();
+    const before = first.snapshot().gpus;
+    await first.stop();
+    setFaults({ kind: "hang" });
+    const watched = await monitor({ documentDeadlineMs: 500 });
+    expect(watched.snapshot().gpus.map((gpu) => [gpu.uuid, gpu.index, gpu.minorNumber])).toEqual(
+      before.map((gpu) => [gpu.uuid, gpu.index, gpu.minorNumber]),
+    );
+    expect(condition(watched, "gpu-2")?.status).toBe(Condition_Status.UNKNOWN);
+    setFaults();
+    await until("recovery", () => condition(watched, "gpu-2")?.status === Condition_Status.OK);
+    await until("topology", () => watched.snapshot().gpus[0]?.nvlinkPeers.length === 3);
+  });
+
   it("says that the driver is not loaded, and notices when it is", async () => {
     await make("t4", 1);
     setFaults({ kind: "driver-not-loaded" });

@@ -10,6 +10,7 @@ import { findHolders } from "./holders.ts";
 import { loadIdleMemory, type IdleMemory } from "./idle-memory.ts";
 import { createKernelLogFollower, type KernelLogFollower } from "./kernel-log-follower.ts";
 import type { KernelGpuEvent } from "./kernel-log.ts";
+import { loadKnownGpus, saveKnownGpus } from "./known-gpus.ts";
 import { createListeners } from "./listeners.ts";
 import { nvidiaPciDevices } from "./pci-devices.ts";
 import { readPlacement } from "./placement.ts";
@@ -63,6 +64,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
   let idle: IdleMemory | undefined;
   let follower: KernelLogFollower | undefined;
   let bootTimeUnixMs: number | undefined;
+  let bootId = "";
   let takenAtUnixMs = 0;
   let control: AbortController | undefined;
   let slowLoop: Promise<void> = Promise.resolve();
@@ -211,7 +213,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
 
   const applyDocument = async (document: SmiLook): Promise<void> => {
     const { complete } = document;
-    const newcomers = document.gpus.some((gpu) => gpu.uuid !== undefined && !known.has(gpu.uuid));
+    const newcomers = document.gpus.some((gpu) => gpu.uuid !== undefined && !placement.has(gpu.uuid));
     const seen = new Set<string>();
     for (const gpu of document.gpus) {
       const uuid = gpu.uuid ?? byPci(gpu.pciBusId ?? "")?.uuid;
@@ -255,6 +257,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
       if (gpu !== undefined) known.set(uuid, { ...gpu, migDevices: devices });
     }
     await idle?.save();
+    if (complete) await saveKnownGpus(options.stateDir, bootId, [...known.values()]);
   };
 
   const noteGpu = (uuid: string, current: GpuReading, before: GpuReading | undefined): void => {
@@ -406,6 +409,11 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
       idle = await loadIdleMemory(options.stateDir);
       const boot = await readBoot(procRoot);
       bootTimeUnixMs = boot.timeUnixMs;
+      bootId = boot.id;
+      for (const gpu of await loadKnownGpus(options.stateDir, bootId)) {
+        known.set(gpu.uuid ?? "", gpu);
+        conditions.set(component(gpu.uuid ?? ""), UNKNOWN, "not-seen-yet", "known from before the restart");
+      }
       await refresh();
       await inTurn(() => {
         if (pauses.size === 0 && control !== undefined) stream.start();
@@ -414,7 +422,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
         follower = createKernelLogFollower({
           path: options.kernelLogPath,
           stateDir: options.stateDir,
-          bootId: boot.id,
+          bootId,
           clock,
           log,
           pollMs: options.kernelLogPollMs ?? 1000,
