@@ -24,6 +24,9 @@ function installed(program: string): boolean {
 
 const canBuild = process.platform === "linux" && process.arch === "x64" && installed("dpkg-deb");
 
+const run = (args: readonly string[]) =>
+  execa("sh", [join(installers, "install.sh"), ...args], { reject: false, timeout: 120_000 });
+
 /** Without a Node on PATH: what runs is what the package ships. */
 const cleanEnvironment = { PATH: "/nonexistent:/usr/sbin:/usr/bin:/sbin:/bin", HOME: "/nonexistent" };
 
@@ -100,6 +103,7 @@ describe.skipIf(!canBuild)("packages (needs dpkg-deb on Linux x64)", () => {
       PALEBLUEDOT_AGENT_HOST: "127.0.0.1",
       PALEBLUEDOT_ENROLMENT_PORT: "0",
       PALEBLUEDOT_AGENT_PORT: "0",
+      PALEBLUEDOT_LOG_LEVEL: "warn",
     };
     const help = await execa(join(programs, "palebluedot-controller"), ["--help"], {
       env: cleanEnvironment,
@@ -145,11 +149,17 @@ describe.skipIf(!canBuild)("packages (needs dpkg-deb on Linux x64)", () => {
       await writeFile(tokenFile, "pbj_the-token\n");
     });
 
-    const run = (args: readonly string[]) =>
-      execa("sh", [join(installers, "install.sh"), ...args], { reject: false, timeout: 120_000 });
     const complete = (): string[] => [
-      ...["--controller", "https://controller.example:8443", "--token-file", tokenFile],
-      ...["--ca-fingerprint", fingerprint, "--package", built.agent.file, "--root", root],
+      "--controller",
+      "https://controller.example:8443",
+      "--token-file",
+      tokenFile,
+      "--ca-fingerprint",
+      fingerprint,
+      "--package",
+      built.agent.file,
+      "--root",
+      root,
     ];
 
     test("configures an image; a second run changes nothing, a third only what differs", async () => {

@@ -87,7 +87,10 @@ export function problemError(status: number, text: string): PlatformError {
     });
   }
   const { code, detail, title, hint, errors, request_id: requestId } = problem.data;
-  const faults = (errors ?? []).map((fault) => `${fault.pointer ?? ""}: ${fault.message}`);
+  // The detail may name the fields already.
+  const faults = (errors ?? [])
+    .filter((fault) => detail?.includes(fault.message) !== true)
+    .map((fault) => `${fault.pointer ?? ""}: ${fault.message}`);
   return new PlatformError({
     code,
     kind: kindOfStatus(status),
