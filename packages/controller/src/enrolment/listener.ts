@@ -19,7 +19,7 @@ const maxSources = 10_000;
 /** Enrolments in the database at once, and how many may wait: a rack that powers on is a burst. */
 const concurrent = 8;
 const maxWaiting = 20_000;
-const pendingRetrySeconds = 10;
+const pendingRetrySeconds = 5;
 
 /** The enrolment RPCs. `agentPort` is asked late: the listener's port may be the system's choice. */
 export function createEnrolmentHandlers(
