@@ -1,0 +1,40 @@
+import { expect, test } from "vitest";
+import { isPlatformError } from "@palebluedot/shared/errors.ts";
+import { loadConfig } from "./config.ts";
+
+const needed = {
+  PALEBLUEDOT_CONTROLLER: "controller.example.com:8443",
+  PALEBLUEDOT_CA_FINGERPRINT: "ab".repeat(32),
+};
+
+test("defaults, and flags over the environment", () => {
+  const config = loadConfig({ ...needed, PALEBLUEDOT_DATA_DIR: "/a" }, { PALEBLUEDOT_DATA_DIR: "/b" });
+  expect(config.PALEBLUEDOT_DATA_DIR).toBe("/b");
+  expect(config.PALEBLUEDOT_TELEMETRY_INTERVAL_MS).toBe(10_000);
+  expect(config.PALEBLUEDOT_METRICS_PORT).toBeUndefined();
+});
+
+test("a fingerprint is taken in every form that tools print", () => {
+  const colons = `SHA256=${"AB:".repeat(31)}AB`;
+  expect(loadConfig({ ...needed, PALEBLUEDOT_CA_FINGERPRINT: colons }).PALEBLUEDOT_CA_FINGERPRINT).toBe(
+    "ab".repeat(32),
+  );
+});
+
+test("all faults are told together, by name", () => {
+  let error: unknown;
+  try {
+    loadConfig({ PALEBLUEDOT_CA_FINGERPRINT: "short", PALEBLUEDOT_TELEMETRY_INTERVAL_MS: "10" });
+  } catch (thrown) {
+    error = thrown;
+  }
+  if (!isPlatformError(error)) throw new Error("not refused");
+  expect(error.code).toBe("config-invalid");
+  for (const name of [
+    "PALEBLUEDOT_CONTROLLER is not set",
+    "PALEBLUEDOT_CA_FINGERPRINT",
+    "PALEBLUEDOT_TELEMETRY_INTERVAL_MS",
+  ]) {
+    expect(error.message).toContain(name);
+  }
+});
