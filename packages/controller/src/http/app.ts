@@ -113,7 +113,8 @@ export function createHttpApp(options: HttpAppOptions): Hono<HttpEnv> {
       code: state.errorCode,
       error: state.cause,
     };
-    if (c.res.status >= 500) log.error(line, "request");
+    if (c.res.status === 503) log.warn(line, "request");
+    else if (c.res.status >= 500) log.error(line, "request");
     else if (state.principal === undefined && c.res.status < 400) log.debug(line, "request");
     else log.info(line, "request");
   });

@@ -235,9 +235,16 @@ describe("views", () => {
   });
 
   test("a condition that is stored oddly is shown as unknown, not hidden", () => {
-    expect(conditionsOf({ b: "odd", a: { status: "failed", since: 0 } })).toEqual([
-      { name: "a", status: "failed", reason: "", message: "", since: "1970-01-01T00:00:00.000Z" },
+    expect(
+      conditionsOf({
+        b: "odd",
+        a: { status: "failed", since: "1970-01-01T00:00:00.000Z" },
+        c: { status: "ok", since: "2026-01-02T00:00:00Z" },
+      }),
+    ).toEqual([
+      { name: "a", status: "failed", reason: "", message: "", since: null },
       { name: "b", status: "unknown", reason: "", message: "", since: null },
+      { name: "c", status: "ok", reason: "", message: "", since: "2026-01-02T00:00:00.000Z" },
     ]);
   });
 });

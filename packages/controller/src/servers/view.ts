@@ -106,11 +106,10 @@ export function conditionsOf(stored: Record<string, unknown>): ServerView["condi
   return Object.entries(stored)
     .map(([name, value]) => {
       const condition = storedCondition.parse(value);
-      const since =
-        typeof condition.since === "number"
-          ? new Date(condition.since).toISOString()
-          : (condition.since ?? null);
-      return { name, ...condition, since };
+      // 0 is the wire's word for "not told".
+      const since = new Date(condition.since ?? 0);
+      const isTold = !Number.isNaN(since.getTime()) && since.getTime() !== 0;
+      return { name, ...condition, since: isTold ? since.toISOString() : null };
     })
     .sort((a, b) => a.name.localeCompare(b.name));
 }
