@@ -84,10 +84,7 @@ export async function startFleet(options: FleetOptions): Promise<Fleet> {
   const gate = createGate(options.concurrency ?? 32);
   let connected = 0;
   let welcomed = 0;
-  let onAllWelcomed: () => void = () => undefined;
-  const allWelcomed = new Promise<void>((resolve) => {
-    onAllWelcomed = resolve;
-  });
+  const all = Promise.withResolvers<void>();
 
   const runs = Array.from({ length: options.agents }, async (_unused, index) => {
     const host: SimulatedHost = { seed, index, gpus: options.gpusPerServer, model };
@@ -101,7 +98,7 @@ export async function startFleet(options: FleetOptions): Promise<Fleet> {
       },
       welcomed: () => {
         welcomed += 1;
-        if (welcomed === options.agents) onAllWelcomed();
+        if (welcomed === options.agents) all.resolve();
       },
       counters,
       ...(options.onStartCommand === undefined ? {} : { onStartCommand: options.onStartCommand }),
@@ -116,11 +113,11 @@ export async function startFleet(options: FleetOptions): Promise<Fleet> {
     statistics: () => ({ connected, ...counters }),
     async ready(signal) {
       if (signal === undefined) {
-        await allWelcomed;
+        await all.promise;
         return;
       }
       await Promise.race([
-        allWelcomed,
+        all.promise,
         new Promise((_resolve, reject) => {
           signal.addEventListener("abort", () => reject(signal.reason as Error), { once: true });
         }),
@@ -238,14 +235,11 @@ class FleetAgent {
       ),
       { "grpc.ssl_target_name_override": controllerTlsName, "grpc.use_local_subchannel_pool": 1 },
     );
-    let release: () => void = () => undefined;
-    const welcomeOrEnd = new Promise<void>((resolve) => {
-      release = resolve;
-    });
+    const welcomeOrEnd = Promise.withResolvers<void>();
     let finished: Promise<boolean> | undefined;
     await gate(async () => {
-      finished = this.#hold(client.session(), release).finally(release);
-      await welcomeOrEnd;
+      finished = this.#hold(client.session(), welcomeOrEnd.resolve).finally(welcomeOrEnd.resolve);
+      await welcomeOrEnd.promise;
     });
     try {
       return (await finished) ?? false;

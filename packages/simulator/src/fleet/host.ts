@@ -2,8 +2,8 @@ import { createHash } from "node:crypto";
 import {
   Condition_Status,
   GpuInventory,
-  GpuSample,
   HostInventory,
+  type GpuSample,
   type Inventory,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 
