@@ -32,8 +32,8 @@ export const allocationBench: Bench = {
     await using platform = await startBenchPlatform({
       agents,
       telemetryIntervalMs: 10_000,
-      onStartCommand: (allocationId) => {
-        if (!startCommands.has(allocationId)) startCommands.set(allocationId, Date.now() + fraction());
+      onStartCommand: (allocationId, t) => {
+        if (!startCommands.has(allocationId)) startCommands.set(allocationId, t);
       },
     });
     const tenant = await platform.controller.api.post("/api/v1/tenants", { name: "bench" });
@@ -53,11 +53,6 @@ export const allocationBench: Bench = {
 };
 
 type Api = ReturnType<typeof createApi>;
-
-/** performance.now() has the sub-millisecond part that Date.now() lacks. */
-function fraction(): number {
-  return (performance.timeOrigin + performance.now()) % 1;
-}
 
 function now(): number {
   return performance.timeOrigin + performance.now();

@@ -31,7 +31,7 @@ export const fleetBench: Bench = {
     const before = {
       cpu: cpuSeconds(pid),
       database: databaseCpu(),
-      sent: platform.fleet.telemetryMessagesSent(),
+      sent: platform.fleet.statistics().telemetryMessages,
       at: performance.now(),
     };
     let peakRss = 0;
@@ -52,7 +52,7 @@ export const fleetBench: Bench = {
     report(
       "fleet",
       "telemetry",
-      (platform.fleet.telemetryMessagesSent() - before.sent) / elapsed,
+      (platform.fleet.statistics().telemetryMessages - before.sent) / elapsed,
       "messages/s",
       extra,
     );

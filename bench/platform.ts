@@ -42,6 +42,8 @@ export async function startBenchPlatform(
     env: {
       PALEBLUEDOT_TELEMETRY_INTERVAL_MS: String(options.telemetryIntervalMs),
       PALEBLUEDOT_LOG_LEVEL: "warn",
+      // One credential carries the whole load here.
+      PALEBLUEDOT_RATE_LIMIT_PER_SECOND: "100000",
     },
   });
   const joinToken = await controller.api.post("/api/v1/join-tokens", {
