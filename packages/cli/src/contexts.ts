@@ -107,7 +107,7 @@ export async function resolveContext(env: Environment, path: string, name?: stri
       code: "context-not-found",
       kind: "not-found",
       message: `there is no context ${JSON.stringify(name)}`,
-      hint: "pbd context list shows them; pbd login --context NAME makes one.",
+      hint: "pbd context list shows them; pbd login URL --name NAME makes one.",
     });
   }
   throw new PlatformError({

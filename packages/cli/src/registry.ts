@@ -1,7 +1,7 @@
 import type { Command } from "./command.ts";
 import { allocCreate, allocExtend, allocList, allocLogs, allocRelease, allocShow } from "./commands/alloc.ts";
 import { events } from "./commands/events.ts";
-import { capacityShow, gpusList, gpusShow } from "./commands/gpus.ts";
+import { capacityShow, gpusList, gpusSet, gpusShow } from "./commands/gpus.ts";
 import {
   joinTokenCreate,
   joinTokenList,
@@ -9,9 +9,22 @@ import {
   tenantsCreate,
   tenantsList,
   tokensCreate,
+  tokensList,
+  tokensRevoke,
 } from "./commands/identity.ts";
 import { contextList, contextUse, login } from "./commands/login.ts";
-import { serversApprove, serversList, serversShow } from "./commands/servers.ts";
+import {
+  serversApprove,
+  serversDrain,
+  serversEnrolments,
+  serversRegister,
+  serversReject,
+  serversRetire,
+  serversRevoke,
+  serversSet,
+  serversUndrain,
+} from "./commands/server-operations.ts";
+import { serversList, serversShow } from "./commands/servers.ts";
 
 /** Every command, a line each, in the order of `pbd --help`. */
 export const commands: readonly Command[] = [
@@ -27,15 +40,26 @@ export const commands: readonly Command[] = [
   allocExtend,
   serversList,
   serversShow,
+  serversRegister,
+  serversSet,
+  serversEnrolments,
   serversApprove,
+  serversReject,
+  serversDrain,
+  serversUndrain,
+  serversRevoke,
+  serversRetire,
   gpusList,
   gpusShow,
+  gpusSet,
   joinTokenCreate,
   joinTokenList,
   joinTokenRevoke,
   tenantsList,
   tenantsCreate,
   tokensCreate,
+  tokensList,
+  tokensRevoke,
   events,
 ];
 

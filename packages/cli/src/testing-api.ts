@@ -11,6 +11,8 @@ import { text as readText } from "node:stream/consumers";
 export interface FakeApi {
   readonly url: string;
   readonly token: string;
+  /** Id of the one API token that staff has, and each tenant. */
+  readonly tokenId: string;
   readonly allocations: Map<string, Record<string, unknown>>;
   readonly servers: Record<string, unknown>[];
   readonly events: Record<string, unknown>[];
@@ -123,21 +125,51 @@ export async function startFakeApi(): Promise<FakeApi> {
       problem(response, 503, "database-unavailable");
     } else if (noun === "whoami") {
       json(response, 200, { token_name: "bootstrap", role: "admin", tenant_name: null });
-    } else if (noun === "servers" && id === undefined) {
+    } else if (noun === "servers" && id === undefined && method === "GET") {
       const q = url.searchParams.get("q");
       page(
         response,
         url,
         q === null ? api.servers : api.servers.filter((row) => String(row["name"]).includes(q)),
       );
-    } else if (noun === "servers" && verb === "approve") {
+    } else if (noun === "servers" && (verb === "approve" || verb === "reject")) {
       const server = api.servers.find((row) => row["id"] === id);
       if (server === undefined) problem(response, 404, "server-not-found");
       else json(response, 200, { server_name: server["name"], state: "approved" });
+    } else if (noun === "servers" && id === undefined) {
+      const made = { id: randomUUID(), state: "pending", ...(body as object) };
+      api.servers.push(made);
+      json(response, 201, made);
     } else if (noun === "servers") {
       const server = api.servers.find((row) => row["id"] === id);
-      if (server === undefined) problem(response, 404, "server-not-found");
-      else json(response, 200, server);
+      if (server === undefined) {
+        problem(response, 404, "server-not-found");
+        return;
+      }
+      if (method === "PATCH") Object.assign(server, body);
+      if (verb === "retire" && server["gpu_claimed_count"] !== undefined) {
+        problem(response, 409, "server-not-retirable");
+        return;
+      }
+      if (verb === "retire") server["state"] = "retired";
+      if (verb === "revoke-certificates") json(response, 200, { server_id: id, revoked_count: 2 });
+      else if (verb === "enrolments") {
+        const asked = { public_key_sha256: "ab".repeat(32), state: "pending", reason: "unknown hardware" };
+        json(response, 200, { items: [{ ...asked, identity: { serial: "S1", hostname: "h1" } }] });
+      } else json(response, 200, server);
+    } else if (noun === "gpus" && method === "PATCH") {
+      const { scheduling } = body as { scheduling: { schedulable: boolean; reason?: string } };
+      json(response, 200, {
+        id,
+        schedulable: scheduling.schedulable,
+        schedulable_reason: scheduling.reason ?? "",
+      });
+    } else if (noun === "tokens" || verb === "tokens") {
+      const tokenId = noun === "tokens" ? id : url.pathname.split("/")[6];
+      const token = { id: api.tokenId, name: noun === "tokens" ? "staff" : "of-a-tenant", role: "member" };
+      if (method === "GET") page(response, url, [token]);
+      else if (tokenId === api.tokenId) json(response, 200, { ...token, revoked_at: "2026-01-01T00:00:00Z" });
+      else problem(response, 404, "token-not-found");
     } else if (noun === "allocations" && id === undefined && method === "POST") {
       const count = (body as { gpus?: { count?: number } }).gpus?.count ?? 0;
       if (count > 8) {
@@ -217,6 +249,7 @@ export async function startFakeApi(): Promise<FakeApi> {
   const api: FakeApi = {
     url: `http://127.0.0.1:${(server.address() as AddressInfo).port}`,
     token: "pba_secret-of-the-test",
+    tokenId: randomUUID(),
     allocations: new Map(),
     servers: [],
     events: [],

@@ -89,6 +89,30 @@ export const gpusShow = defineCommand({
   },
 });
 
+export const gpusSet = defineCommand({
+  path: ["gpus", "set"],
+  description: "Hold a GPU back from allocations, or give it to them again",
+  arguments: [{ name: "id", description: "id as pbd gpus list shows it" }],
+  options: [
+    { flags: "--schedulable <yes|no>", description: "no: nothing new is placed on it; what runs goes on" },
+    { flags: "--reason <text>", description: "shown with the GPU" },
+  ],
+  examples: ['pbd gpus set 01a2... --schedulable no --reason "fan is replaced on Friday"'],
+  input: z.object({
+    id: z.uuid("an id as pbd gpus list shows it"),
+    schedulable: z.enum(["yes", "no"], "yes or no"),
+    reason: z.string().max(500).optional(),
+  }),
+  async run(context, { id, schedulable, reason }) {
+    const api = await context.api();
+    const gpu = await api.call("PATCH", `gpus/${id}`, gpuSchema, {
+      // Without a reason the one of before goes: it says nothing about now.
+      body: { scheduling: { schedulable: schedulable === "yes", reason } },
+    });
+    context.output.item(gpu, [...columns, { header: "reason", value: (row) => row.schedulable_reason }]);
+  },
+});
+
 export const capacityShow = defineCommand({
   path: ["capacity"],
   description: "Free and total GPUs by model",

@@ -1,4 +1,5 @@
 import { z } from "zod";
+import type { ApiClient } from "../api.ts";
 import { assignments, defineCommand, integerText, limitInput, limitOption } from "../command.ts";
 import type { Column } from "../output.ts";
 import { parseDurationSeconds } from "../quantities.ts";
@@ -169,5 +170,51 @@ export const tokensCreate = defineCommand({
       { header: "id", value: (row) => row.id },
     ]);
     context.output.note("The token is not shown again.");
+  },
+});
+
+const tokenColumns: Column<z.output<typeof tokenSchema>>[] = [
+  { header: "name", value: (token) => token.name },
+  { header: "role", value: (token) => token.role },
+  { header: "created", value: (token) => token.created_at },
+  { header: "expires", value: (token) => token.expires_at },
+  { header: "revoked", value: (token) => token.revoked_at },
+  { header: "id", value: (token) => token.id },
+];
+
+const tenantOption = {
+  flags: "--tenant <tenant>",
+  description: "name or id of the tenant it acts for (without: tokens of admins and operators)",
+};
+
+/** Where the tokens of a tenant are, or those of staff. */
+async function tokensPath(api: ApiClient, tenant: string | undefined): Promise<string> {
+  return tenant === undefined ? "tokens" : `tenants/${await resolveId(api, "tenant", tenant)}/tokens`;
+}
+
+export const tokensList = defineCommand({
+  path: ["tokens", "list"],
+  description: "List API tokens of staff, or of a tenant",
+  options: [tenantOption, limitOption],
+  input: z.object({ tenant: z.string().optional(), limit: limitInput }),
+  async run(context, { tenant, limit }) {
+    const api = await context.api();
+    const path = await tokensPath(api, tenant);
+    context.output.list(await api.list(path, tokenSchema, { limit }), tokenColumns);
+  },
+});
+
+export const tokensRevoke = defineCommand({
+  path: ["tokens", "revoke"],
+  description: "Revoke an API token at once",
+  arguments: [{ name: "id", description: "id of pbd tokens list" }],
+  options: [tenantOption],
+  input: z.object({ id: z.uuid("an id of pbd tokens list"), tenant: z.string().optional() }),
+  async run(context, { id, tenant }) {
+    const api = await context.api();
+    const path = await tokensPath(api, tenant);
+    const token = await api.call("DELETE", `${path}/${id}`, tokenSchema.nullable());
+    if (token !== null && context.output.format === "json") context.output.item(token, tokenColumns);
+    context.output.note(`Token ${token?.name ?? id} is revoked.`);
   },
 });

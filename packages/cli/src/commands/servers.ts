@@ -92,30 +92,3 @@ export const serversShow = defineCommand({
     ]);
   },
 });
-
-export const serversApprove = defineCommand({
-  path: ["servers", "approve"],
-  description: "Let a server in that waits for approval",
-  arguments: [{ name: "server", description: "name or id" }],
-  options: [
-    {
-      flags: "--key <sha256>",
-      description: "approve only this key, as palebluedot-agent prints it on its host",
-    },
-  ],
-  input: z.object({ server: z.string(), key: z.string().optional() }),
-  async run(context, input) {
-    const api = await context.api();
-    const id = await resolveId(api, "server", input.server);
-    const answer = await api.call(
-      "POST",
-      `servers/${id}/approve`,
-      z.looseObject({ server_name: z.string().nullish() }),
-      {
-        body: input.key === undefined ? {} : { public_key_sha256: input.key },
-      },
-    );
-    if (context.output.format === "json") context.output.item(answer, []);
-    context.output.note(`Server ${answer.server_name ?? input.server} is approved.`);
-  },
-});
