@@ -134,7 +134,7 @@ async function main(): Promise<void> {
   line("              npm run -s pbd -- servers list");
   line("              npm run -s pbd -- gpus list");
   line(`              npm run -s pbd -- alloc create --gpus 2 --model H100 --image ${chosen.image}`);
-  line("              npm run -s pbd -- events list");
+  line("              npm run -s pbd -- events");
   line(`break one     npm run -s simulator -- gpu --help     (state: ${servers[0]?.stateDir ?? ""})`);
   line("Ctrl-C ends it and removes everything.");
   await Promise.race(running.map((part) => part.exited));
