@@ -1,7 +1,8 @@
 import { readFileSync } from "node:fs";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
-import postgres, { type Options, type Sql } from "postgres";
+import type { Options, Sql } from "postgres";
+import postgres from "../../vendor/postgres/src/index.js";
 
 export interface ConnectOptions {
   readonly applicationName?: string;

@@ -8,7 +8,8 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
-import postgres, { type Sql } from "postgres";
+import type { Sql } from "postgres";
+import postgres from "../../vendor/postgres/src/index.js";
 import { connect, databaseErrorCode, socketUrl } from "./connect.ts";
 import { migrate, readMigrations } from "./migrate.ts";
 

@@ -115,6 +115,7 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
   let reloadWanted = false;
   let queueReadAt = -Infinity;
   let explainedAt = -Infinity;
+  let sweptAt = performance.now();
   let sweepCursor: string | undefined;
   let unsettled = true;
   let wake: (() => void) | undefined;
@@ -188,6 +189,7 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
 
   /** A slow round over the fleet finds what no notification told. */
   async function sweep(): Promise<void> {
+    sweptAt = performance.now();
     const rows = await sql<{ id: string }[]>`
       select id from servers where id > ${sweepCursor ?? "00000000-0000-0000-0000-000000000000"}
       order by id limit ${sweepChunk}`;
@@ -310,10 +312,8 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
       idsToRead.clear();
       await readWaiting(ids);
     }
-    if (performance.now() - queueReadAt > pollMs) {
-      await readQueue();
-      await sweep();
-    }
+    if (performance.now() - queueReadAt > pollMs) await readQueue();
+    if (performance.now() - sweptAt > pollMs) await sweep();
     metrics.waiting.set(waiting.size);
     if (!unsettled) return 0;
     const decisions = decide();

@@ -1,0 +1,2 @@
+export { default } from "postgres";
+export type * from "postgres";
