@@ -12,6 +12,7 @@ import {
   saysGpuLost,
   saysGpuRequiresReset,
   told,
+  wholeQuantity,
 } from "./values.ts";
 
 type Setter = (reading: GpuReading, text: string) => void;
@@ -51,8 +52,8 @@ const fieldSetters: ReadonlyMap<string, Setter> = new Map<string, Setter>(
       [["utilization.memory"], (r, t) => (r.memoryUtilizationRatio = ratio(t))],
       [["utilization.encoder"], (r, t) => (r.encoderUtilizationRatio = ratio(t))],
       [["utilization.decoder"], (r, t) => (r.decoderUtilizationRatio = ratio(t))],
-      [["clocks.current.sm", "clocks.sm"], (r, t) => (r.smClockMhz = count(t, "MHz"))],
-      [["clocks.current.memory", "clocks.mem"], (r, t) => (r.memoryClockMhz = count(t, "MHz"))],
+      [["clocks.current.sm", "clocks.sm"], (r, t) => (r.smClockMhz = wholeQuantity(t, "MHz"))],
+      [["clocks.current.memory", "clocks.mem"], (r, t) => (r.memoryClockMhz = wholeQuantity(t, "MHz"))],
       [["fan.speed"], (r, t) => (r.fanSpeedRatio = ratio(t))],
       [["pstate"], (r, t) => (r.performanceState = told(t))],
       [["pcie.link.gen.gpucurrent"], (r, t) => (r.pcieGeneration = count(t) ?? r.pcieGeneration)],

@@ -1,4 +1,5 @@
 import type { GpuInventory, GpuSample } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
+import { uint32, uint64 } from "./values.ts";
 
 /**
  * Everything that nvidia-smi told about one GPU at one moment, whatever the output form and the driver's
@@ -117,24 +118,25 @@ export function clockEventReasonNames(mask: number): string[] {
   return names;
 }
 
+/** Integers of the wire are made whole and bounded here: one odd reading must not cost the whole message. */
 export function toSample(reading: GpuReading, uuid: string, timeUnixMs: number): GpuSample {
   return {
     gpuUuid: uuid,
-    timeUnixMs,
+    timeUnixMs: Math.round(timeUnixMs),
     utilizationRatio: reading.utilizationRatio,
     memoryUtilizationRatio: reading.memoryUtilizationRatio,
-    memoryUsedBytes: reading.memoryUsedBytes,
+    memoryUsedBytes: uint64(reading.memoryUsedBytes),
     temperatureCelsius: reading.temperatureCelsius,
     memoryTemperatureCelsius: reading.memoryTemperatureCelsius,
     powerDrawWatts: reading.powerDrawWatts,
     powerLimitWatts: reading.powerLimitWatts,
-    smClockMhz: reading.smClockMhz,
-    memoryClockMhz: reading.memoryClockMhz,
-    pcieGeneration: reading.pcieGeneration,
-    pcieWidth: reading.pcieWidth,
-    clockEventReasons: reading.clockEventReasons,
-    eccCorrectedVolatile: reading.eccCorrectedVolatile,
-    eccUncorrectedVolatile: reading.eccUncorrectedVolatile,
+    smClockMhz: uint32(reading.smClockMhz),
+    memoryClockMhz: uint32(reading.memoryClockMhz),
+    pcieGeneration: uint32(reading.pcieGeneration),
+    pcieWidth: uint32(reading.pcieWidth),
+    clockEventReasons: uint64(reading.clockEventReasons),
+    eccCorrectedVolatile: uint64(reading.eccCorrectedVolatile),
+    eccUncorrectedVolatile: uint64(reading.eccUncorrectedVolatile),
     fanSpeedRatio: reading.fanSpeedRatio,
     performanceState: reading.performanceState,
   };
@@ -149,7 +151,8 @@ export interface PlacementFacts {
 
 /** Undefined when the reading lacks what names a GPU: UUID and index. */
 export function toInventory(reading: GpuReading, placement: PlacementFacts = {}): GpuInventory | undefined {
-  const { uuid, index } = reading;
+  const { uuid } = reading;
+  const index = uint32(reading.index);
   if (uuid === undefined || index === undefined) return undefined;
   return {
     uuid,
@@ -160,27 +163,27 @@ export function toInventory(reading: GpuReading, placement: PlacementFacts = {})
     driverVersion: reading.driverVersion,
     cudaVersion: reading.cudaVersion,
     vbiosVersion: reading.vbiosVersion,
-    memoryTotalBytes: reading.memoryTotalBytes,
+    memoryTotalBytes: uint64(reading.memoryTotalBytes),
     numaNode: placement.numaNode,
     architecture: reading.architecture,
-    minorNumber: reading.minorNumber,
+    minorNumber: uint32(reading.minorNumber),
     // The driver knows MIG (it has the section), but this GPU has no MIG mode: not capable.
     migCapable: reading.migMode !== undefined ? true : reading.migDevices !== undefined ? false : undefined,
     migEnabled: reading.migMode === undefined ? undefined : reading.migMode === "Enabled",
     migPendingEnabled: reading.migPending === undefined ? undefined : reading.migPending === "Enabled",
-    nvlinkCount: placement.nvlinkCount,
+    nvlinkCount: uint32(placement.nvlinkCount),
     nvlinkPeers: [...(placement.nvlinkPeers ?? [])],
     migDevices: (reading.migDevices ?? []).map((device) => ({
-      index: device.index,
+      index: uint32(device.index) ?? 0,
       uuid: device.uuid ?? "",
-      gpuInstanceId: device.gpuInstanceId ?? 0,
-      computeInstanceId: device.computeInstanceId ?? 0,
+      gpuInstanceId: uint32(device.gpuInstanceId) ?? 0,
+      computeInstanceId: uint32(device.computeInstanceId) ?? 0,
       profile: device.profile ?? "",
-      memoryTotalBytes: device.memoryTotalBytes,
+      memoryTotalBytes: uint64(device.memoryTotalBytes),
     })),
     powerLimitMaxWatts: reading.powerLimitMaxWatts,
-    pcieGenerationMax: reading.pcieGenerationMax,
-    pcieWidthMax: reading.pcieWidthMax,
+    pcieGenerationMax: uint32(reading.pcieGenerationMax),
+    pcieWidthMax: uint32(reading.pcieWidthMax),
   };
 }
 

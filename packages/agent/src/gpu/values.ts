@@ -62,6 +62,24 @@ export function count(text: string | undefined, ...units: readonly string[]): nu
   return value !== undefined && value >= 0 && Number.isSafeInteger(value) ? value : undefined;
 }
 
+/** A non-negative whole number of what is measured in units: a driver that prints a fraction is rounded. */
+export function wholeQuantity(text: string | undefined, ...units: readonly string[]): number | undefined {
+  return uint32(quantity(text, ...units));
+}
+
+/** What a uint32 of the wire can hold, rounded; undefined for what it cannot (also NaN and below zero). */
+export function uint32(value: number | undefined): number | undefined {
+  const whole = uint64(value);
+  return whole !== undefined && whole <= 0xffff_ffff ? whole : undefined;
+}
+
+/** The same for a uint64, up to 2^53: beyond that digits would be lost in silence. */
+export function uint64(value: number | undefined): number | undefined {
+  if (value === undefined) return undefined;
+  const whole = Math.round(value);
+  return whole >= 0 && Number.isSafeInteger(whole) ? whole : undefined;
+}
+
 /** Percent to 0..1; undefined outside of it. */
 export function ratio(text: string | undefined): number | undefined {
   const value = quantity(text, "%");
@@ -75,13 +93,12 @@ const bytesPerUnit: Readonly<Record<string, number>> = {
   GiB: 1024 ** 3,
 };
 
-/** Memory with its unit; a bare number is MiB, as in CSV with `nounits`. */
+/** Memory with its unit, in whole bytes; a bare number is MiB, as in CSV with `nounits`. */
 export function memoryBytes(text: string | undefined): number | undefined {
-  const value = count(text, ...Object.keys(bytesPerUnit));
+  const value = quantity(text, ...Object.keys(bytesPerUnit));
   if (value === undefined) return undefined;
   const unit = /[A-Za-z]+$/.exec((text ?? "").trim())?.[0] ?? "MiB";
-  const bytes = value * (bytesPerUnit[unit] ?? Number.NaN);
-  return Number.isSafeInteger(bytes) ? bytes : undefined;
+  return uint64(value * (bytesPerUnit[unit] ?? Number.NaN));
 }
 
 /** "Yes"/"No", "Enabled"/"Disabled", "Active"/"Not Active", "Pending", "1"/"0" and "True"/"False". */

@@ -13,6 +13,7 @@ import {
   saysGpuLost,
   saysGpuRequiresReset,
   told,
+  wholeQuantity,
 } from "./values.ts";
 
 /** What `nvidia-smi -q -x` printed. */
@@ -96,8 +97,8 @@ function parseGpu(gpu: Element): GpuReading {
     memoryUtilizationRatio: ratio(textAt(gpu, "utilization/memory_util")),
     encoderUtilizationRatio: ratio(textAt(gpu, "utilization/encoder_util")),
     decoderUtilizationRatio: ratio(textAt(gpu, "utilization/decoder_util")),
-    smClockMhz: count(textAt(gpu, "clocks/sm_clock"), "MHz"),
-    memoryClockMhz: count(textAt(gpu, "clocks/mem_clock"), "MHz"),
+    smClockMhz: wholeQuantity(textAt(gpu, "clocks/sm_clock"), "MHz"),
+    memoryClockMhz: wholeQuantity(textAt(gpu, "clocks/mem_clock"), "MHz"),
     fanSpeedRatio: ratio(textAt(gpu, "fan_speed")),
     performanceState: first(gpu, "performance_state"),
     ...pcie(gpu),

@@ -14,7 +14,7 @@ import { errorMessage } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
 import { normaliseMac, normaliseSerial } from "@palebluedot/shared/identity.ts";
 import type { Systeminformation } from "systeminformation";
-import { cleanText } from "../gpu/values.ts";
+import { cleanText, uint32, uint64 } from "../gpu/values.ts";
 import { physicalInterfaces, readIdentity, type IdentityOptions } from "./identity.ts";
 
 export interface HostOptions extends IdentityOptions {
@@ -73,9 +73,9 @@ export async function collectHost(options: HostOptions): Promise<HostInventory> 
     architecture: cleanText(os?.arch ?? process.arch),
     cpuModel:
       cleanText([cpu?.manufacturer, cpu?.brand].filter(Boolean).join(" ")) || (cpus()[0]?.model ?? ""),
-    cpuSockets: cpu?.processors ?? 0,
-    cpuCores: cpu?.physicalCores ?? 0,
-    cpuThreads: cpu?.cores ?? cpus().length,
+    cpuSockets: uint32(cpu?.processors) ?? 0,
+    cpuCores: uint32(cpu?.physicalCores) ?? 0,
+    cpuThreads: uint32(cpu?.cores) ?? cpus().length,
     memoryTotalBytes: totalmem(),
     disks: (disks ?? []).slice(0, 256).map(toDisk),
     networkInterfaces: nics ?? [],
@@ -100,7 +100,7 @@ function toDisk(disk: Systeminformation.DiskLayoutData): Disk {
     name: cleanText(disk.device).replace(/^\/dev\//, ""),
     model: cleanText(disk.name),
     serial: normaliseSerial(disk.serialNum),
-    sizeBytes: Number.isSafeInteger(disk.size) && disk.size > 0 ? disk.size : 0,
+    sizeBytes: uint64(disk.size) ?? 0,
     kind: cleanText(disk.interfaceType === "NVMe" ? "NVMe" : disk.type),
   };
 }

@@ -1,8 +1,10 @@
 import { expect, test } from "vitest";
-import type {
-  DurableEvent,
-  ObservedState,
-  SessionRequest,
+import {
+  Inventory,
+  type DurableEvent,
+  type HostSample,
+  type ObservedState,
+  type SessionRequest,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { EventJournal } from "../journal/types.ts";
 import { Upstream } from "./upstream.ts";
@@ -94,4 +96,27 @@ test("one batch of events is under way at a time, and a new stream starts where 
   const next = new NarrowStream(100);
   upstream.attach(next, 150);
   expect(sent(next)).toEqual(Array.from({ length: 100 }, (_unused, index) => 151 + index));
+});
+
+test("a message without an encoding is dropped and told, and the stream goes on", () => {
+  const unsendable: string[] = [];
+  const upstream = new Upstream(memoryJournal(0), { onUnsendable: (what) => unsendable.push(what) });
+  const stream = new NarrowStream(100);
+  upstream.attach(stream, 0);
+  const sample = (memoryUsedBytes: number): HostSample => ({
+    timeUnixMs: 1,
+    cpuUtilizationRatio: undefined,
+    memoryUsedBytes,
+    load1m: undefined,
+  });
+  upstream.telemetry([], [sample(0.5)]);
+  upstream.observed(observed(1.5));
+  upstream.inventory(Inventory.fromPartial({ gpus: [{ uuid: "GPU-1", memoryTotalBytes: 1.5 }] }));
+  upstream.telemetry([], [sample(2)]);
+  upstream.inventory(Inventory.fromPartial({ gpus: [{ uuid: "GPU-1", memoryTotalBytes: 2 }] }));
+  expect(unsendable).toEqual(["telemetry", "observedState", "inventory"]);
+  expect(stream.taken).toMatchObject([
+    { $case: "telemetry", value: { hostSamples: [{ memoryUsedBytes: 2 }] } },
+    { $case: "inventory", value: { gpus: [{ memoryTotalBytes: 2 }] } },
+  ]);
 });

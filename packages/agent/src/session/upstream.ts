@@ -1,11 +1,11 @@
 import type { EventJournal } from "../journal/types.ts";
 import {
   Inventory,
+  SessionRequest,
   type CommandResult,
   type GpuSample,
   type HostSample,
   type ObservedState,
-  type SessionRequest,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 
 const eventsPerBatch = 100;
@@ -25,6 +25,7 @@ export interface UpstreamStream {
 export class Upstream {
   readonly #journal: EventJournal;
   readonly #maxBatches: number;
+  readonly #onUnsendable: (what: string, error: unknown) => void;
   #stream: UpstreamStream | undefined;
   #writable = false;
   #observed: ObservedState | undefined;
@@ -37,9 +38,17 @@ export class Upstream {
   #telemetry: { gpuSamples: readonly GpuSample[]; hostSamples: readonly HostSample[] }[] = [];
   droppedTelemetry = 0;
 
-  constructor(journal: EventJournal, options: { readonly maxTelemetryBatches?: number } = {}) {
+  constructor(
+    journal: EventJournal,
+    options: {
+      readonly maxTelemetryBatches?: number;
+      /** Told of a message that has no encoding (a fraction where the wire has an integer): it is dropped. */
+      readonly onUnsendable?: (what: string, error: unknown) => void;
+    } = {},
+  ) {
     this.#journal = journal;
     this.#maxBatches = options.maxTelemetryBatches ?? 30;
+    this.#onUnsendable = options.onUnsendable ?? (() => undefined);
     journal.onAppended(() => this.flush());
   }
 
@@ -72,8 +81,13 @@ export class Upstream {
 
   /** Sent when it differs from what this stream was told last. */
   inventory(inventory: Inventory): void {
-    this.#inventory = inventory;
-    this.#inventoryBytes = Buffer.from(Inventory.encode(inventory).finish());
+    try {
+      this.#inventoryBytes = Buffer.from(Inventory.encode(inventory).finish());
+      this.#inventory = inventory;
+    } catch (error) {
+      // The last one that could be told stands.
+      this.#onUnsendable("inventory", error);
+    }
     this.flush();
   }
 
@@ -101,7 +115,19 @@ export class Upstream {
     while (this.#writable) {
       const message = this.#next();
       if (message === undefined) return;
+      if (!this.#encodes(message)) continue;
       if (this.#stream?.write({ message }) !== true) this.#writable = false;
+    }
+  }
+
+  /** The stream itself would answer a message without an encoding by ending the session, each time anew. */
+  #encodes(message: NonNullable<SessionRequest["message"]>): boolean {
+    try {
+      SessionRequest.encode({ message });
+      return true;
+    } catch (error) {
+      this.#onUnsendable(message.$case, error);
+      return false;
     }
   }
 
