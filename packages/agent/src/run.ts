@@ -28,6 +28,8 @@ import { agentVersion } from "./version.ts";
 /** What changes without anybody telling (conditions, the engine) is compared this often. */
 const inventoryCheckMs = 5000;
 const hostInventoryMs = 6 * 3_600_000;
+/** A healthy nvidia-smi answers sooner, so that a restart does not make every GPU look unknown for a moment. */
+const firstLookMs = 10_000;
 
 /**
  * The agent: GPUs are watched and containers kept as desired from the first moment, with or without a
@@ -44,6 +46,7 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
     intervalMs: config.PALEBLUEDOT_TELEMETRY_INTERVAL_MS,
     kernelLogPath: config.PALEBLUEDOT_KERNEL_LOG === "none" ? undefined : config.PALEBLUEDOT_KERNEL_LOG,
     stateDir: join(dataDir, "gpu"),
+    sysfsRoot: config.PALEBLUEDOT_SYSFS_ROOT,
     clock,
     log,
   });
@@ -73,8 +76,14 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
         log.error({ err: errorMessage(error), type: entry.type }, "an event was lost"),
       );
   };
-  const upstream = new Upstream(journal);
-  const identityOptions = { identityFile: config.PALEBLUEDOT_IDENTITY_FILE };
+  const upstream = new Upstream(journal, {
+    onUnsendable: (what, error) =>
+      log.error({ what, err: errorMessage(error) }, "a message could not be encoded and was dropped"),
+  });
+  const identityOptions = {
+    identityFile: config.PALEBLUEDOT_IDENTITY_FILE,
+    sysfsRoot: config.PALEBLUEDOT_SYSFS_ROOT,
+  };
   const enrolment = await createEnrolment({
     controller: config.PALEBLUEDOT_CONTROLLER,
     caFingerprint: config.PALEBLUEDOT_CA_FINGERPRINT,
@@ -92,10 +101,13 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
   let metricsServer: MetricsServer | undefined;
   let intervalMs = config.PALEBLUEDOT_TELEMETRY_INTERVAL_MS;
   let lastTelemetryMs = 0;
+  let firstLook: "waiting" | "late" | "done" = "waiting";
 
   function publishInventory(): void {
-    if (host === undefined) return;
+    if (host === undefined || firstLook === "waiting") return;
     const snapshot = monitor.snapshot();
+    // Nobody has looked yet: "no GPUs" would read as if they were gone.
+    if (firstLook === "late" && snapshot.gpus.length === 0) return;
     const inventory: Inventory = {
       host: {
         ...host,
@@ -191,8 +203,22 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
   }
 
   record({ type: "agent.started", timeUnixMs: clock.now(), message: `agent ${agentVersion} started` });
-  // Before anything that needs the network: tenants' containers come first.
-  await monitor.start();
+  // Before anything that needs the network: tenants' containers come first. Nothing waits for nvidia-smi:
+  // until it answers the GPUs are those known from before.
+  const watch = async (): Promise<void> => {
+    await monitor.start();
+    firstLook = "done";
+    publishInventory();
+  };
+  const watching = watch();
+  // Its failure ends the agent below, whatever happens until then.
+  watching.catch(() => undefined);
+  const firstLookTimer = setTimeout(() => {
+    if (firstLook !== "waiting") return;
+    log.warn("nvidia-smi has not answered yet; containers are kept as they are known");
+    firstLook = "late";
+    publishInventory();
+  }, firstLookMs);
   await reconciler.start();
   const checks = setInterval(publishInventory, inventoryCheckMs);
   const hostChecks = setInterval(
@@ -201,6 +227,7 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
   );
   try {
     await Promise.all([
+      watching,
       refreshHost(),
       session.run(signal),
       enrolment
@@ -210,6 +237,7 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
         }),
     ]);
   } finally {
+    clearTimeout(firstLookTimer);
     clearInterval(checks);
     clearInterval(hostChecks);
     for (const end of unsubscribe) end();

@@ -12,6 +12,7 @@ test("defaults, and flags over the environment", () => {
   expect(config.PALEBLUEDOT_DATA_DIR).toBe("/b");
   expect(config.PALEBLUEDOT_TELEMETRY_INTERVAL_MS).toBe(10_000);
   expect(config.PALEBLUEDOT_METRICS_PORT).toBeUndefined();
+  expect(config.PALEBLUEDOT_SYSFS_ROOT).toBe("/sys");
 });
 
 test("a fingerprint is taken in every form that tools print", () => {

@@ -27,6 +27,8 @@ export const configSchema = z.object({
   PALEBLUEDOT_KERNEL_LOG: z.string().min(1).default("/dev/kmsg"),
   /** JSON in place of the hardware's own identity: simulated servers. */
   PALEBLUEDOT_IDENTITY_FILE: z.string().min(1).optional(),
+  /** In place of /sys: simulated servers. */
+  PALEBLUEDOT_SYSFS_ROOT: z.string().min(1).default("/sys"),
   DOCKER_HOST: z.string().min(1).optional(),
   DOCKER_CERT_PATH: z.string().min(1).optional(),
   /** 0: any free port; absent: no metrics are served. */

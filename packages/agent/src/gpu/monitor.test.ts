@@ -196,6 +196,20 @@ describe("nvidia-smi in trouble", () => {
     expect(watched.snapshot().gpus).toEqual([]);
   });
 
+  it("stops at once while its first look hangs", async () => {
+    await make("t4", 1);
+    setFaults({ kind: "hang", ignore_sigterm: true });
+    const watched = createGpuMonitor({ nvidiaSmiPath: smi, killGraceMs: 300, kernelLogPath: kernelLog, log });
+    const starting = watched.start();
+    await until("the look has begun", () => condition(watched, "nvidia-smi")?.reason === "not-seen-yet");
+    expect(condition(watched, "gpu-driver")?.status).toBe(Condition_Status.UNKNOWN);
+    const stoppedAt = Date.now();
+    await watched.stop();
+    await starting;
+    // Not after the look's own deadline of a minute.
+    expect(Date.now() - stoppedAt).toBeLessThan(10_000);
+  });
+
   it("still knows its GPUs when it is restarted while nvidia-smi hangs", async () => {
     await make("a100", 4);
     const first = await monitor();

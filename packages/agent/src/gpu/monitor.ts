@@ -15,7 +15,7 @@ import { createListeners } from "./listeners.ts";
 import { nvidiaPciDevices } from "./pci-devices.ts";
 import { readPlacement } from "./placement.ts";
 import { toInventory, toSample, withSlowFacts, type GpuReading, type PlacementFacts } from "./reading.ts";
-import { unreachableGpus, type SmiFailure } from "./smi-failure.ts";
+import { stuckMessage, unreachableGpus, type SmiFailure } from "./smi-failure.ts";
 import { createSmiRunner } from "./smi-runner.ts";
 import { createSmiStream } from "./smi-stream.ts";
 import type { GpuMonitorOptions, GpuMonitorWithReadings, TimedReading } from "./monitor-types.ts";
@@ -67,6 +67,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
   let bootId = "";
   let takenAtUnixMs = 0;
   let control: AbortController | undefined;
+  let starting: Promise<void> = Promise.resolve();
   let slowLoop: Promise<void> = Promise.resolve();
   const pauses = new Set<symbol>();
   let streamTurn: Promise<void> = Promise.resolve();
@@ -130,6 +131,7 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
       // One GPU's fault, told by its own condition; the driver goes on serving the others.
       markUnreachable(failure.message);
       changed = conditions.set("gpu-driver", DEGRADED, failure.reason, failure.message);
+      changed = conditions.set("nvidia-smi", OK, "ok", "") || changed;
     } else if (failure.component === "nvidia-smi") {
       changed = conditions.set("nvidia-smi", FAILED, failure.reason, failure.message);
       changed = conditions.set("gpu-driver", UNKNOWN, failure.reason, "nvidia-smi does not tell") || changed;
@@ -401,47 +403,60 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
     return streamTurn;
   };
 
+  const begin = async (signal: AbortSignal): Promise<void> => {
+    const remembered = await loadIdleMemory(options.stateDir);
+    idle ??= remembered;
+    const boot = await readBoot(procRoot);
+    bootTimeUnixMs = boot.timeUnixMs;
+    bootId = boot.id;
+    for (const gpu of await loadKnownGpus(options.stateDir, bootId)) {
+      known.set(gpu.uuid ?? "", gpu);
+      conditions.set(component(gpu.uuid ?? ""), UNKNOWN, "not-seen-yet", "known from before the restart");
+    }
+    for (const tool of ["nvidia-smi", "gpu-driver"]) {
+      conditions.set(tool, UNKNOWN, "not-seen-yet", "nvidia-smi has not answered since the agent started");
+    }
+    await refresh();
+    if (signal.aborted) return;
+    await inTurn(() => {
+      if (pauses.size === 0 && control !== undefined) stream.start();
+    });
+    if (options.kernelLogPath !== undefined) {
+      follower = createKernelLogFollower({
+        path: options.kernelLogPath,
+        stateDir: options.stateDir,
+        bootId,
+        clock,
+        log,
+        pollMs: options.kernelLogPollMs ?? 1000,
+        onEvent: onKernelEvent,
+        onFailure: (message) => {
+          const changed =
+            message === undefined
+              ? conditions.set("kernel-log", OK, "ok", "")
+              : conditions.set("kernel-log", DEGRADED, "unreadable", message);
+          if (changed) tellSnapshot();
+        },
+      });
+      follower.start();
+    }
+    slowLoop = slow(signal);
+  };
+
   return {
     intervalMs,
-    start: async () => {
-      if (control !== undefined) return;
-      control = new AbortController();
-      idle = await loadIdleMemory(options.stateDir);
-      const boot = await readBoot(procRoot);
-      bootTimeUnixMs = boot.timeUnixMs;
-      bootId = boot.id;
-      for (const gpu of await loadKnownGpus(options.stateDir, bootId)) {
-        known.set(gpu.uuid ?? "", gpu);
-        conditions.set(component(gpu.uuid ?? ""), UNKNOWN, "not-seen-yet", "known from before the restart");
+    start: () => {
+      if (control === undefined) {
+        control = new AbortController();
+        starting = begin(control.signal);
       }
-      await refresh();
-      await inTurn(() => {
-        if (pauses.size === 0 && control !== undefined) stream.start();
-      });
-      if (options.kernelLogPath !== undefined) {
-        follower = createKernelLogFollower({
-          path: options.kernelLogPath,
-          stateDir: options.stateDir,
-          bootId,
-          clock,
-          log,
-          pollMs: options.kernelLogPollMs ?? 1000,
-          onEvent: onKernelEvent,
-          onFailure: (message) => {
-            const changed =
-              message === undefined
-                ? conditions.set("kernel-log", OK, "ok", "")
-                : conditions.set("kernel-log", DEGRADED, "unreadable", message);
-            if (changed) tellSnapshot();
-          },
-        });
-        follower.start();
-      }
-      slowLoop = slow(control.signal);
+      return starting;
     },
     stop: async () => {
       control?.abort();
       control = undefined;
+      // Whoever still waits for an answer of nvidia-smi gets none: its deadline may be a minute away.
+      await Promise.all([runner.stop(), starting.catch(() => undefined)]);
       await Promise.all([follower?.stop(), inTurn(() => stream.stop()), slowLoop]);
       await runner.stop();
     },
@@ -482,9 +497,4 @@ export function createGpuMonitor(options: GpuMonitorOptions): GpuMonitorWithRead
       });
     },
   };
-}
-
-function stuckMessage(stuck: readonly (readonly [string, number])[]): string {
-  const list = stuck.map(([kind, pid]) => `${kind} (pid ${String(pid)})`).join(", ");
-  return `a killed nvidia-smi is still there: ${list}`;
 }

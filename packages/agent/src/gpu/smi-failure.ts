@@ -81,3 +81,9 @@ export function unreachableGpus(text: string): string[] {
 export function rejectedField(text: string): string | undefined {
   return /Field "([\w.]{1,100})" is not a valid field to query/i.exec(text)?.[1];
 }
+
+/** Kinds and process ids of children that were killed and are still there, for a condition. */
+export function stuckMessage(stuck: readonly (readonly [string, number])[]): string {
+  const list = stuck.map(([kind, pid]) => `${kind} (pid ${String(pid)})`).join(", ");
+  return `a killed nvidia-smi is still there: ${list}`;
+}
