@@ -1,7 +1,8 @@
-/** `palebluedot-simulator`: makes simulated GPU servers, breaks them, and runs their container engine. */
+/** `palebluedot-simulator`: makes simulated GPU servers, breaks them, runs their container engine, and holds fleets. */
 import { Command, CommanderError } from "commander";
 import { errorMessage, isPlatformError } from "@palebluedot/shared/errors.ts";
 import { registerEngineCommand } from "./engine/command.ts";
+import { registerFleetCommand } from "./fleet/command.ts";
 import { registerGpuCommand } from "./gpu-command.ts";
 import { registerServerCommand } from "./server-command.ts";
 
@@ -13,6 +14,7 @@ const program = new Command("palebluedot-simulator")
 registerServerCommand(program);
 registerGpuCommand(program);
 registerEngineCommand(program);
+registerFleetCommand(program);
 
 try {
   await program.parseAsync();

@@ -21,9 +21,13 @@ export function writeSysfs(root: string, server: ServerDescription, identity: Si
     put(`class/net/eth${index}/speed`, "100000");
     put(`class/net/eth${index}/device/vendor`, "0x15b3");
   }
+  for (const node of new Set(server.gpus.map((gpu) => gpu.numaNode))) {
+    put(`devices/system/node/node${node}/cpulist`, "0");
+  }
   for (const gpu of server.gpus) {
     const address = gpu.pciBusId.slice(4).toLowerCase();
     put(`bus/pci/devices/${address}/numa_node`, String(gpu.numaNode));
     put(`bus/pci/devices/${address}/vendor`, "0x10de");
+    put(`bus/pci/devices/${address}/class`, "0x030200");
   }
 }
