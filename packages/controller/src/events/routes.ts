@@ -47,6 +47,7 @@ export function eventRoutes(context: HttpContext): Route[] {
     filter: EventFilter,
     afterSeq: number | undefined,
     signal: AbortSignal,
+    form: "event-stream" | "lines",
   ) {
     const watch = identity.watch(principal.tokenId);
     const clientGone = new AbortController();
@@ -57,13 +58,21 @@ export function eventRoutes(context: HttpContext): Route[] {
         filter,
         signal: AbortSignal.any([signal, watch.signal, clientGone.signal]),
       }),
-      encode: (event) =>
-        encoder.encode(
-          `id: ${event.seq}\nevent: ${event.type}\ndata: ${JSON.stringify(eventToJson(event))}\n\n`,
-        ),
-      contentType: "text/event-stream",
-      preamble: "retry: 2000\n\n",
-      keepAlive: ": keep-alive\n\n",
+      ...(form === "event-stream"
+        ? {
+            encode: (event) =>
+              encoder.encode(
+                `id: ${event.seq}\nevent: ${event.type}\ndata: ${JSON.stringify(eventToJson(event))}\n\n`,
+              ),
+            contentType: "text/event-stream",
+            preamble: "retry: 2000\n\n",
+            keepAlive: ": keep-alive\n\n",
+          }
+        : {
+            encode: (event) => encoder.encode(`${JSON.stringify(eventToJson(event))}\n`),
+            contentType: "application/x-ndjson",
+            keepAlive: "\n",
+          }),
       onEnd() {
         watch.end();
         clientGone.abort();
@@ -78,7 +87,7 @@ export function eventRoutes(context: HttpContext): Route[] {
       operationId: "listEvents",
       summary: "List events, or follow them live",
       description:
-        "With `Accept: text/event-stream` the answer is a live stream (server-sent events) whose ids are sequence numbers: `Last-Event-ID` (or after_seq) resumes without gap or duplicate. Otherwise a page, newest first unless order=ascending. Tenants see their own events.",
+        "With `Accept: text/event-stream` the answer is a live stream (server-sent events) whose ids are sequence numbers: `Last-Event-ID` (or after_seq) resumes without gap or duplicate. `Accept: application/x-ndjson` gives the same as JSON lines, and a WebSocket on this path as one message each. Otherwise a page, newest first unless order=ascending. Tenants see their own events.",
       tag: "event",
       access: "events:read",
       query: z.strictObject({
@@ -103,7 +112,7 @@ export function eventRoutes(context: HttpContext): Route[] {
         "Last-Event-ID": z.string().optional().openapi({ description: "Sequence number to resume after" }),
       }),
       result: pageSchema(eventSchema),
-      media: ["text/event-stream"],
+      media: ["text/event-stream", "application/x-ndjson"],
       async handle({ query, principal, header, signal }) {
         const filter = visible(principal, {
           ...(query.type === undefined ? {} : { typePrefixes: query.type }),
@@ -113,9 +122,11 @@ export function eventRoutes(context: HttpContext): Route[] {
           ...(query.allocation_id === undefined ? {} : { allocationId: query.allocation_id }),
           ...(query.tenant_id === undefined ? {} : { tenantId: query.tenant_id }),
         });
-        if (/\btext\/event-stream\b/i.test(header("accept") ?? "")) {
+        const form = /\b(text\/event-stream|application\/x-ndjson)\b/i.exec(header("accept") ?? "")?.[1];
+        if (form !== undefined) {
           const after = lastEventId(header("last-event-id")) ?? query.after_seq;
-          return live(principal, filter, after, signal);
+          const lines = form.toLowerCase() === "application/x-ndjson";
+          return live(principal, filter, after, signal, lines ? "lines" : "event-stream");
         }
         const ascending = query.order === "ascending";
         const scope = ["events", filter, query.order, query.after_seq];

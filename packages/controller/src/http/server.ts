@@ -10,6 +10,7 @@ import type { Hono } from "hono";
 import type { ControllerConfig } from "../config/config.ts";
 import { problemContentType, problemOf } from "./problem.ts";
 import type { HttpEnv } from "./route.ts";
+import { serveWebSockets } from "./websocket.ts";
 
 export interface HttpServer {
   /** The port in use, also when 0 was asked for. */
@@ -49,6 +50,7 @@ export async function startHttpServer(
       ? createServer(timeouts, onRequest)
       : createTlsServer({ ...timeouts, ...tls, minVersion: "TLSv1.2" }, onRequest);
   server.on("clientError", refuseUnreadable);
+  const webSockets = serveWebSockets(server, app);
   await new Promise<void>((resolve, reject) => {
     const onError = (cause: Error): void => {
       reject(
@@ -73,6 +75,7 @@ export async function startHttpServer(
     tls: tls !== undefined,
     stop: (deadlineMs) =>
       new Promise((resolve) => {
+        webSockets.close();
         const cut = setTimeout(() => server.closeAllConnections(), deadlineMs);
         // A connection whose last answer has just ended would stay for its keep-alive time.
         const sweep = setInterval(() => server.closeIdleConnections(), sweepMs);
