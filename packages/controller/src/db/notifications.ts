@@ -3,7 +3,8 @@ import { systemClock } from "@palebluedot/shared/clock.ts";
 import { fullJitterMs } from "@palebluedot/shared/backoff.ts";
 import { errorMessage } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
-import postgres, { type Sql } from "postgres";
+import type { Options, Sql } from "postgres";
+import postgres from "../../vendor/postgres/src/index.js";
 
 /**
  * PostgreSQL LISTEN/NOTIFY as a hint between replicas. A hint may be lost (reconnect), so every listener
@@ -74,7 +75,7 @@ export function createNotifications(
           lost.current = true;
           if (connection === client) reconnect();
         },
-      } as unknown as postgres.Options<Record<string, never>>);
+      } as unknown as Options<Record<string, never>>);
       try {
         for (const channel of listeners.keys()) await client.unsafe(`listen "${channel}"`);
         if (lost.current) throw new Error("the connection closed at once");
