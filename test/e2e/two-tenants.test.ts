@@ -17,6 +17,27 @@ const tell = [
   "echo devices $(ls /dev | grep '^nvidia[0-9]' | tr '\\n' ' '); echo visible $NVIDIA_VISIBLE_DEVICES; echo ready; while true; do sleep 1; done",
 ];
 
+async function allocate(api: Api, count: number): Promise<Json> {
+  const accepted = await api.post("/api/v1/allocations", {
+    gpus: { count },
+    container: { image: "greedy", command: tell, pull_policy: "never", stop_grace_seconds: 0 },
+    lease_seconds: 600,
+  });
+  expect(accepted.state).toBe("queued");
+  return untilState(api, accepted.id, "active");
+}
+
+async function printed(api: Api, id: string): Promise<string> {
+  return eventually("the container has printed all of it", async () => {
+    const { body } = await api.request("GET", `/api/v1/allocations/${id}/logs`);
+    return String(body).includes("ready") ? String(body) : undefined;
+  });
+}
+
+function devices(text: string): string[] {
+  return /devices (.*)/.exec(text)?.[1]?.trim().split(/\s+/) ?? [];
+}
+
 describe.skipIf(unavailable !== undefined)(
   `two tenants on one server with a real Docker Engine${unavailable === undefined ? "" : ` (skipped: ${unavailable})`}`,
   () => {
@@ -54,27 +75,6 @@ describe.skipIf(unavailable !== undefined)(
       await platform?.[Symbol.asyncDispose]();
       await engine?.stop();
     });
-
-    async function allocate(api: Api, count: number): Promise<Json> {
-      const accepted = await api.post("/api/v1/allocations", {
-        gpus: { count },
-        container: { image: "greedy", command: tell, pull_policy: "never", stop_grace_seconds: 0 },
-        lease_seconds: 600,
-      });
-      expect(accepted.state).toBe("queued");
-      return untilState(api, accepted.id, "active");
-    }
-
-    async function printed(api: Api, id: string): Promise<string> {
-      return eventually("the container has printed all of it", async () => {
-        const { body } = await api.request("GET", `/api/v1/allocations/${id}/logs`);
-        return String(body).includes("ready") ? String(body) : undefined;
-      });
-    }
-
-    function devices(text: string): string[] {
-      return /devices (.*)/.exec(text)?.[1]?.trim().split(/\s+/) ?? [];
-    }
 
     it("gives each tenant its own devices and nothing of the other, and frees exactly what is released", async () => {
       const red = await platform.tenant("red");

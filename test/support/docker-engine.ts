@@ -28,6 +28,11 @@ export interface TestDockerEngine {
   api(method: "GET" | "POST" | "DELETE", path: string, body?: unknown): Promise<unknown>;
   /** Present when this process owns the daemon: ends it (containers end with it) and starts it again. */
   readonly daemon?: { stop(): Promise<void>; start(): Promise<void> };
+  /**
+   * Present with the option `bridge`: runs a command inside the engine's network namespace, where its published
+   * ports are. Resolves with the standard output; rejects when the command fails or takes more than 20 s.
+   */
+  readonly inNetwork?: (command: string, args: readonly string[]) => Promise<string>;
   /** Removes what this engine made, and ends it when this process started it. */
   stop(): Promise<void>;
 }
@@ -119,7 +124,10 @@ async function busyboxTar(): Promise<Buffer> {
   }
 }
 
-function client(dockerHost: string, socketPath: string): Omit<TestDockerEngine, "stop" | "daemon"> {
+function client(
+  dockerHost: string,
+  socketPath: string,
+): Omit<TestDockerEngine, "stop" | "daemon" | "inNetwork"> {
   return {
     dockerHost,
     socketPath,
@@ -160,13 +168,29 @@ function client(dockerHost: string, socketPath: string): Omit<TestDockerEngine, 
   };
 }
 
+/** Why no network namespace can be made and entered here; undefined when it can. */
+async function withoutNamespaces(): Promise<string | undefined> {
+  try {
+    await run("unshare", ["--net", "ip", "link", "set", "lo", "up"]);
+    await run("nsenter", ["--version"]);
+    return undefined;
+  } catch (error) {
+    return `no network namespaces here (Debian: util-linux, iproute2): ${error instanceof Error ? error.message : String(error)}`;
+  }
+}
+
 /**
  * The engine named by PALEBLUEDOT_TEST_DOCKER_HOST (unix:// only); else a private dockerd without network
  * set-up, when this process is root and dockerd is installed; else the reason why there is none, and
  * tests skip by name.
+ *
+ * `bridge`: always a private dockerd, in a network namespace of its own with Docker's default bridge, so that it
+ * can publish ports without touching the machine's network.
  */
-export async function startDockerEngine(): Promise<DockerEngineStart> {
-  const named = process.env["PALEBLUEDOT_TEST_DOCKER_HOST"];
+export async function startDockerEngine(
+  options: { readonly bridge?: boolean } = {},
+): Promise<DockerEngineStart> {
+  const named = options.bridge === true ? undefined : process.env["PALEBLUEDOT_TEST_DOCKER_HOST"];
   if (named !== undefined && named !== "") {
     const socketPath = /^unix:\/\/(\/.+)$/.exec(named)?.[1];
     if (socketPath === undefined) return { unavailable: "PALEBLUEDOT_TEST_DOCKER_HOST is not unix:///path" };
@@ -177,6 +201,10 @@ export async function startDockerEngine(): Promise<DockerEngineStart> {
   if (dockerd === undefined) return { unavailable: "dockerd is not installed (Debian: docker.io)" };
   const busybox = await firstExisting(busyboxPaths);
   if (busybox === undefined) return { unavailable: "busybox is not installed (Debian: busybox-static)" };
+  if (options.bridge === true) {
+    const why = await withoutNamespaces();
+    if (why !== undefined) return { unavailable: why };
+  }
 
   // Short: containerd's socket below it must fit into 107 bytes.
   const dir = await mkdtemp("/tmp/pbd-dk-");
@@ -186,10 +214,12 @@ export async function startDockerEngine(): Promise<DockerEngineStart> {
 
   async function start(): Promise<void> {
     const log = await open(logPath, "a");
+    // The userland proxy serves published ports, so that no packet filter is needed either way.
+    const inOwnNetwork = ["--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"', dockerd ?? "dockerd"];
     const child = spawn(
-      dockerd ?? "dockerd",
+      options.bridge === true ? "unshare" : (dockerd ?? "dockerd"),
       [
-        "--bridge=none",
+        ...(options.bridge === true ? [...inOwnNetwork, "--bip=172.30.0.1/16"] : ["--bridge=none"]),
         "--iptables=false",
         "--ip6tables=false",
         "--host",
@@ -251,6 +281,15 @@ export async function startDockerEngine(): Promise<DockerEngineStart> {
   return {
     ...engine,
     daemon: { start, stop },
+    ...(options.bridge === true
+      ? {
+          inNetwork: async (command: string, args: readonly string[]) => {
+            const target = ["--net", "--target", String(daemon?.pid ?? 0)];
+            const { stdout } = await run("nsenter", [...target, command, ...args], { timeout: 20_000 });
+            return stdout;
+          },
+        }
+      : {}),
     async stop() {
       if (daemon) {
         const containers = (await engine.api("GET", "/containers/json?all=1").catch(() => [])) as {

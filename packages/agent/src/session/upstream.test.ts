@@ -47,6 +47,13 @@ class NarrowStream {
   }
 }
 
+const sample = (memoryUsedBytes: number): HostSample => ({
+  timeUnixMs: 1,
+  cpuUtilizationRatio: undefined,
+  memoryUsedBytes,
+  load1m: undefined,
+});
+
 const observed = (generation: number): ObservedState => ({
   incarnation: "i",
   generation,
@@ -103,12 +110,6 @@ test("a message without an encoding is dropped and told, and the stream goes on"
   const upstream = new Upstream(memoryJournal(0), { onUnsendable: (what) => unsendable.push(what) });
   const stream = new NarrowStream(100);
   upstream.attach(stream, 0);
-  const sample = (memoryUsedBytes: number): HostSample => ({
-    timeUnixMs: 1,
-    cpuUtilizationRatio: undefined,
-    memoryUsedBytes,
-    load1m: undefined,
-  });
   upstream.telemetry([], [sample(0.5)]);
   upstream.observed(observed(1.5));
   upstream.inventory(Inventory.fromPartial({ gpus: [{ uuid: "GPU-1", memoryTotalBytes: 1.5 }] }));
