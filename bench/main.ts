@@ -2,6 +2,7 @@
  * `npm run bench -- NAME [options]`. One JSON object a line on standard output: {bench, name, value, unit, ...};
  * progress goes to standard error. Nothing here passes or fails: it measures.
  */
+import { agentBench } from "./agent.ts";
 import { allocationBench } from "./allocation.ts";
 import { fleetBench } from "./fleet.ts";
 
@@ -11,6 +12,7 @@ export interface Bench {
 }
 
 const benches: Readonly<Record<string, Bench>> = {
+  agent: agentBench,
   fleet: fleetBench,
   allocation: allocationBench,
 };

@@ -26,12 +26,16 @@ export function quantile(values: readonly number[], q: number): number {
   return sorted[Math.min(sorted.length - 1, Math.max(0, Math.ceil(q * sorted.length) - 1))] ?? Number.NaN;
 }
 
-/** User and system time of a process so far, in seconds, all its threads. */
-export function cpuSeconds(pid: number): number {
+/**
+ * User and system time of a process so far, in seconds, all its threads; on request with that of its children
+ * that ended.
+ */
+export function cpuSeconds(pid: number, options: { readonly reapedChildren?: boolean } = {}): number {
   const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
   // The command name is in parentheses and may hold spaces: count fields after the last one.
   const fields = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
-  return (Number(fields[11]) + Number(fields[12])) / ticksPerSecond;
+  const counted = fields.slice(11, options.reapedChildren === true ? 15 : 13);
+  return counted.reduce((sum, ticks) => sum + Number(ticks), 0) / ticksPerSecond;
 }
 
 /** Resident set size in MiB. */

@@ -22,6 +22,14 @@ const require = createRequire(import.meta.url);
 export const packageNames = ["agent", "controller"] as const;
 export type PackageName = (typeof packageNames)[number];
 
+/**
+ * Node's flags of each package's programs. The agent shares its server with tenants who pay for the memory.
+ */
+export const nodeFlags: Readonly<Record<PackageName, readonly string[]>> = {
+  agent: [],
+  controller: [],
+};
+
 interface PackageSpec {
   readonly summary: string;
   readonly description: string;
@@ -79,7 +87,8 @@ const banner = [
   'const __dirname = __toPath(new URL(".", import.meta.url));',
 ].join("\n");
 
-async function bundle(entry: string, outfile: string): Promise<void> {
+/** One file of JavaScript from a program's entry (relative to the repository), as the packages ship it. */
+export async function bundleProgram(entry: string, outfile: string): Promise<void> {
   const options: BuildOptions = {
     absWorkingDir: root,
     entryPoints: [entry],
@@ -114,10 +123,11 @@ async function put(target: string, text: string, mode: number): Promise<void> {
 }
 
 /** Finds its library beside itself, so that an unpacked tree runs anywhere. */
-function launcher(library: string, bundleName: string): string {
+function launcher(library: string, bundleName: string, flags: readonly string[]): string {
+  const node = [`"$here/../lib/${library}/node"`, ...flags].join(" ");
   return `#!/bin/sh
 here=$(dirname -- "$(readlink -f -- "$0")")
-exec "$here/../lib/${library}/node" "$here/../lib/${library}/${bundleName}.mjs" "$@"
+exec ${node} "$here/../lib/${library}/${bundleName}.mjs" "$@"
 `;
 }
 
@@ -145,8 +155,8 @@ export async function buildPackage(name: PackageName, outDirectory: string): Pro
     const library = join(stage, "usr/lib", full);
     await mkdir(library, { recursive: true });
     for (const { program, bundle: bundleName, entry } of spec.programs) {
-      await bundle(entry, join(library, `${bundleName}.mjs`));
-      await put(join(stage, "usr/bin", program), launcher(full, bundleName), 0o755);
+      await bundleProgram(entry, join(library, `${bundleName}.mjs`));
+      await put(join(stage, "usr/bin", program), launcher(full, bundleName, nodeFlags[name]), 0o755);
     }
     await spec.extras(library);
     await place(

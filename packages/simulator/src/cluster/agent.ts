@@ -12,6 +12,8 @@ export interface AgentOptions {
   readonly env: Readonly<Record<string, string>>;
   /** Command in front, e.g. ["faketime", "+10m"]. */
   readonly wrap?: readonly string[];
+  /** In place of the source under this Node: a built agent, with the Node and the flags to run it. */
+  readonly program?: readonly string[];
 }
 
 export interface AgentProcess extends RunningProcess {
@@ -28,6 +30,7 @@ export function startAgent(options: AgentOptions): AgentProcess {
   const running = startPart("agent", ["run"], {
     logFile: join(options.dataDir, "agent.log"),
     ...(options.wrap === undefined ? {} : { wrap: options.wrap }),
+    ...(options.program === undefined ? {} : { program: options.program }),
     env: {
       PALEBLUEDOT_CONTROLLER: options.controller,
       PALEBLUEDOT_CA_FINGERPRINT: options.caFingerprint,

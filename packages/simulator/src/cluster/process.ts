@@ -26,10 +26,13 @@ export function startPart(
     readonly env: Readonly<Record<string, string>>;
     readonly logFile: string;
     readonly wrap?: readonly string[];
+    /** In place of this Node and the part's source: a built program and its flags. */
+    readonly program?: readonly string[];
   },
 ): RunningProcess {
   const log = openSync(options.logFile, "a", 0o600);
-  const command = [...(options.wrap ?? []), process.execPath, `${root}packages/${part}/src/main.ts`, ...args];
+  const program = options.program ?? [process.execPath, `${root}packages/${part}/src/main.ts`];
+  const command = [...(options.wrap ?? []), ...program, ...args];
   const child: ChildProcess = spawn(command[0] ?? process.execPath, command.slice(1), {
     cwd: root,
     // Nothing is inherited but what a program needs to start: a developer's own settings must not leak in.
