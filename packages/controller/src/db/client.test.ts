@@ -4,7 +4,7 @@ import type { Sql } from "postgres";
 import { connect, isTransientDatabaseError } from "./connect.ts";
 import { createTestDatabase, type TestDatabase } from "./testing.ts";
 
-/** Connections are cut at every awkward moment; see vendor/postgres/README.md for what went wrong then. */
+/** Connections are cut at every awkward moment; see patches/README.md for what went wrong then. */
 
 let database: TestDatabase;
 let sql: Sql;

@@ -1,8 +1,7 @@
 import { readFileSync } from "node:fs";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
-import type { Options, Sql } from "postgres";
-import postgres from "../../vendor/postgres/src/index.js";
+import postgres, { type Options, type Sql } from "postgres";
 
 export interface ConnectOptions {
   readonly applicationName?: string;

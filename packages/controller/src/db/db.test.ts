@@ -32,7 +32,7 @@ describe("embedded PostgreSQL", () => {
     const parent = await mkdtemp(join(tmpdir(), `pbd-${"x".repeat(70)}-`));
     directories.push(parent);
     const directory = join(parent, "postgres");
-    const first = await startEmbeddedPostgres({ directory, log, durable: false });
+    const first = await startEmbeddedPostgres({ directory, log });
     expect(first.adopted).toBe(false);
     expect((await stat(join(directory, "data"))).mode & 0o777).toBe(0o700);
     expect((await stat(join(directory, "password"))).mode & 0o777).toBe(0o600);
@@ -51,7 +51,7 @@ describe("embedded PostgreSQL", () => {
     await notifications.notify("fleet", "one");
     await eventually(() => received.includes("one"), "first notification");
 
-    const second = await startEmbeddedPostgres({ directory, log, durable: false });
+    const second = await startEmbeddedPostgres({ directory, log });
     expect([second.adopted, second.pid]).toEqual([true, first.pid]);
 
     // A crash: the pid file stays behind.
@@ -64,7 +64,7 @@ describe("embedded PostgreSQL", () => {
     const pidFile = join(directory, "data", "postmaster.pid");
     const content = (await readFile(pidFile, "utf8")).split("\n");
     await writeFile(pidFile, [String(process.pid), ...content.slice(1)].join("\n"));
-    const third = await startEmbeddedPostgres({ directory, log, durable: false });
+    const third = await startEmbeddedPostgres({ directory, log });
     expect(third.adopted).toBe(false);
     await eventually(async () => {
       const rows = await sql<{ value: number }[]>`select value from kept`.catch(() => []);

@@ -9,7 +9,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { errorMessage, PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
 import { execa } from "execa";
-import postgres from "../../vendor/postgres/src/index.js";
+import postgres from "postgres";
 import { socketUrl } from "./connect.ts";
 import { unprivilegedUser, type OsUser } from "./os-user.ts";
 

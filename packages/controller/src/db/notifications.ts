@@ -3,8 +3,7 @@ import { systemClock } from "@palebluedot/shared/clock.ts";
 import { fullJitterMs } from "@palebluedot/shared/backoff.ts";
 import { errorMessage } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
-import type { Options, Sql } from "postgres";
-import postgres from "../../vendor/postgres/src/index.js";
+import postgres, { type Options, type Sql } from "postgres";
 
 /**
  * PostgreSQL LISTEN/NOTIFY as a hint between replicas. A hint may be lost (reconnect), so every listener

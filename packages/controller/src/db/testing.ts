@@ -8,8 +8,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
-import type { Sql } from "postgres";
-import postgres from "../../vendor/postgres/src/index.js";
+import postgres, { type Sql } from "postgres";
 import { connect, databaseErrorCode, socketUrl } from "./connect.ts";
 import { migrate, readMigrations } from "./migrate.ts";
 

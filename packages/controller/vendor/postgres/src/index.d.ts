@@ -1,2 +1,0 @@
-export { default } from "postgres";
-export type * from "postgres";
