@@ -354,6 +354,10 @@ describe("alloc", () => {
     expect(released.out).toMatch(/state: +ended \(released\)/);
     expect((await run(["alloc", "list"])).out).toBe("");
     expect((await run(["alloc", "list", "--all"])).out).toContain("ended (released)");
+    // The name is used again: it means the one that lives.
+    api.nextState = { state: "active" };
+    await run(["alloc", "create", "--gpus", "3", "--image", "busybox", "--name", "mine"]);
+    expect((await run(["alloc", "show", "mine"])).out).toMatch(/gpus: +3/);
     const id = [...api.allocations.keys()][0] ?? "";
     expect((await run(["alloc", "extend", id, "1h"])).code).toBe(5);
     expect((await run(["alloc", "show", "01890a5d-ac96-774b-bcce-0000000000ff"])).code).toBe(3);

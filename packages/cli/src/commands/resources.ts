@@ -6,6 +6,7 @@ import type { ApiClient } from "../api.ts";
 const text = z.string().nullish();
 const count = z.number().nullish();
 const named = z.looseObject({ id: z.string(), name: text });
+const listed = named.extend({ state: text });
 
 export const serverSchema = named.extend({
   state: text,
@@ -131,11 +132,18 @@ export async function resolveId(
   given: string,
 ): Promise<string> {
   if (uuidPattern.test(given)) return given.toLowerCase();
-  const items = await api.list(`${noun}s`, named, {
+  const items = await api.list(`${noun}s`, listed, {
     limit: searchItems,
-    ...(noun === "server" ? { query: { q: given } } : {}),
+    ...(noun === "server"
+      ? { query: { q: given } }
+      : noun === "allocation"
+        ? { query: { name: given } }
+        : {}),
   });
-  const matches = items.filter((item) => item.name === given);
+  const sameName = items.filter((item) => item.name === given);
+  // Names come back: who gives one means what runs under it now, not what ended long ago.
+  const live = sameName.filter((item) => item.state !== "ended");
+  const matches = live.length === 1 ? live : sameName;
   const [match] = matches;
   if (match !== undefined && matches.length === 1) return match.id;
   throw new PlatformError(
