@@ -39,3 +39,10 @@ test("all faults are told together, by name", () => {
     expect(error.message).toContain(name);
   }
 });
+
+test("a metrics certificate without its key is refused", () => {
+  const given = { ...needed, PALEBLUEDOT_METRICS_TLS_CERT_FILE: "/etc/palebluedot/metrics.pem" };
+  expect(() => loadConfig(given)).toThrow(
+    /PALEBLUEDOT_METRICS_TLS_KEY_FILE certificate and key belong together/,
+  );
+});

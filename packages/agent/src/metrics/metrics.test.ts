@@ -1,4 +1,7 @@
+import { execFileSync } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { request } from "node:https";
+import type { TLSSocket } from "node:tls";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
@@ -12,6 +15,15 @@ import type { TimedReading } from "../gpu/monitor-types.ts";
 import { renderGpuSeries } from "./gpu-series.ts";
 import { createMetrics, type AgentMetrics } from "./metrics.ts";
 import { startMetricsServer, type MetricsServer, type MetricsServerOptions } from "./server.ts";
+
+const hasOpenssl = ((): boolean => {
+  try {
+    execFileSync("openssl", ["version"], { stdio: "ignore" });
+    return true;
+  } catch {
+    return false;
+  }
+})();
 
 const uuid = "GPU-11111111-2222-3333-4444-555555555555";
 const full: GpuReading = {
@@ -98,6 +110,39 @@ describe.skipIf(dir === undefined)("dcgm-exporter's default counters", () => {
     ]);
   });
 });
+
+/** Over TLS, to the name that the certificate of the test bears. */
+function scrape(
+  port: number,
+  options: { readonly token?: string; readonly ca?: Buffer },
+): Promise<{
+  readonly status: number | undefined;
+  readonly text: string;
+  readonly protocol: string | null;
+}> {
+  return new Promise((resolve, reject) => {
+    const outgoing = request(
+      {
+        host: "127.0.0.1",
+        port,
+        path: "/metrics",
+        servername: "node-7",
+        ca: options.ca,
+        agent: false,
+        timeout: 5000,
+        headers: options.token === undefined ? {} : { authorization: `Bearer ${options.token}` },
+      },
+      (response) => {
+        const protocol = (response.socket as TLSSocket).getProtocol();
+        let text = "";
+        response.setEncoding("utf8").on("data", (chunk: string) => (text += chunk));
+        response.on("end", () => resolve({ status: response.statusCode, text, protocol }));
+      },
+    );
+    outgoing.on("error", reject).on("timeout", () => outgoing.destroy(new Error("no answer")));
+    outgoing.end();
+  });
+}
 
 describe("the metrics server", () => {
   let folder: string;
@@ -189,6 +234,44 @@ describe("the metrics server", () => {
     expect((await get("/metrics", {}, { authorization: "Bearer wrong" })).status).toBe(401);
     expect((await get("/metrics", {}, { authorization: "Bearer s3cret" })).status).toBe(200);
     expect((await get("/healthz")).status).toBe(200);
+  });
+
+  describe.skipIf(!hasOpenssl)("with TLS (needs openssl)", () => {
+    let files: { readonly certificateFile: string; readonly keyFile: string };
+
+    beforeEach(() => {
+      files = { certificateFile: join(folder, "cert.pem"), keyFile: join(folder, "key.pem") };
+      const names = ["-subj", "/CN=node-7", "-addext", "subjectAltName=DNS:node-7"];
+      const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
+      const out = ["-keyout", files.keyFile, "-out", files.certificateFile];
+      execFileSync("openssl", ["req", "-x509", ...curve, "-days", "2", ...names, ...out], {
+        stdio: "ignore",
+      });
+    });
+
+    it("serves its certificate, and still wants the token", async () => {
+      const tokenFile = join(folder, "token");
+      writeFileSync(tokenFile, "s3cret\n");
+      // Plain HTTP finds nothing there.
+      await expect(get("/metrics", { tls: files, tokenFile })).rejects.toThrow();
+      const port = server?.port ?? 0;
+      const ca = readFileSync(files.certificateFile);
+      expect(await scrape(port, { ca })).toMatchObject({ status: 401 });
+      expect(await scrape(port, { ca, token: "wrong" })).toMatchObject({ status: 401 });
+      const answered = await scrape(port, { ca, token: "s3cret" });
+      expect(answered).toMatchObject({ status: 200, protocol: "TLSv1.3" });
+      expect(answered.text).toContain("DCGM_FI_DEV_GPU_TEMP{");
+      // A scraper that does not know the certificate must notice.
+      await expect(scrape(port, { token: "s3cret" })).rejects.toThrow(/self-signed/);
+    });
+
+    it.each(["certificateFile", "keyFile"] as const)("does not start with an unusable %s", async (which) => {
+      writeFileSync(files[which], "garbage");
+      await expect(get("/metrics", { tls: files })).rejects.toMatchObject({ code: "metrics-tls-unreadable" });
+      await expect(
+        get("/metrics", { tls: { ...files, [which]: join(folder, "absent") } }),
+      ).rejects.toMatchObject({ code: "metrics-tls-unreadable" });
+    });
   });
 
   it.each([
