@@ -1,6 +1,6 @@
 import { once } from "node:events";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import WebSocket from "ws";
+import { WebSocket } from "ws";
 import { startHttpServer, type HttpServer } from "./server.ts";
 import { createTestApi, type TestApi } from "./testing.ts";
 

@@ -7,7 +7,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { startAgent, type AgentProcess } from "../cluster/agent.ts";
-import { startController, type ControllerProcess } from "../cluster/controller.ts";
+import { startController } from "../cluster/controller.ts";
 import type { RunningProcess } from "../cluster/process.ts";
 import { eventually } from "../cluster/eventually.ts";
 import { createSimulatedServer, type SimulatedServer } from "../server.ts";
