@@ -20,7 +20,7 @@ const gpuCount = 8;
  * simulated server with 8 GPUs, against a real controller; idle, and with a container on every GPU.
  */
 export const agentBench: Bench = {
-  summary: "[--seconds 60] [--interval-ms 10000] [--node-flags '...']: cost of one agent on an 8-GPU server",
+  summary: "[--seconds 60] [--interval-ms 10000] [--node-flags='...']: cost of one agent on an 8-GPU server",
   async run(args) {
     const { values } = parseArgs({
       args: [...args],

@@ -23,10 +23,12 @@ export const packageNames = ["agent", "controller"] as const;
 export type PackageName = (typeof packageNames)[number];
 
 /**
- * Node's flags of each package's programs. The agent shares its server with tenants who pay for the memory.
+ * Node's flags of each package's programs. The agent shares its server with tenants who pay for the memory: it
+ * works a few milliseconds a second, so what the optimising compilers, their code and a roomy young generation
+ * cost is never earned back (`npm run bench -- agent --node-flags=...` compares).
  */
 export const nodeFlags: Readonly<Record<PackageName, readonly string[]>> = {
-  agent: [],
+  agent: ["--max-semi-space-size=1", "--optimize-for-size", "--v8-pool-size=1", "--no-opt", "--no-maglev"],
   controller: [],
 };
 

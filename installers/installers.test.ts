@@ -9,7 +9,7 @@ import { fileURLToPath } from "node:url";
 import { execa } from "execa";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { z } from "zod";
-import { buildPackage, packageNames, type BuiltPackage, type PackageName } from "./build.ts";
+import { buildPackage, nodeFlags, packageNames, type BuiltPackage, type PackageName } from "./build.ts";
 
 const installers = fileURLToPath(new URL(".", import.meta.url));
 
@@ -73,6 +73,14 @@ describe.skipIf(!canBuild)("packages (needs dpkg-deb on Linux x64)", () => {
     const library = join(unpacked[name], "usr/lib", `palebluedot-${name}`);
     const bundle = await readFile(join(library, `${name}.mjs`), "utf8");
     expect(bundle).not.toContain(fileURLToPath(new URL("..", import.meta.url)));
+  });
+
+  test("the agent's unit starts the program that carries Node's flags", async () => {
+    const unit = await readFile(join(unpacked.agent, "lib/systemd/system/palebluedot-agent.service"), "utf8");
+    expect(unit).toMatch(/^ExecStart=.* \/usr\/bin\/palebluedot-agent run$/m);
+    const program = await readFile(join(unpacked.agent, "usr/bin/palebluedot-agent"), "utf8");
+    expect(nodeFlags.agent.length).toBeGreaterThan(0);
+    expect(program).toContain(` ${nodeFlags.agent.join(" ")} `);
   });
 
   test("the agent runs with the Node that it ships", async () => {
