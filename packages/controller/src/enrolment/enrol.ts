@@ -85,8 +85,9 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
       });
     }
     const repeated = existing !== undefined && existing.join_token_id === token.id;
+    const known = repeated || existing?.state === "approved";
     let verdict: Verdict;
-    if (repeated || existing?.state === "approved") {
+    if (known) {
       // The answer to the first attempt was lost, or the approval came in the meantime.
       verdict = {
         serverId: existing.server_id,
@@ -94,7 +95,6 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
         reason: existing.reason,
       };
     } else {
-      await useToken(tx, token.id);
       verdict = await judge(tx, token, identity, existing);
       await tx`
         insert into enrolment_requests (public_key_sha256, server_id, join_token_id, identity, state, reason, decided_at)
@@ -117,16 +117,21 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
         },
       ]);
     }
-    if (!verdict.approved) return { kind: "pending", serverId: verdict.serverId, reason: verdict.reason };
-    await deps.states.transition(tx, {
-      serverId: verdict.serverId,
-      from: ["pending"],
-      to: "verifying",
-      message: "enrolled; waiting for the first inventory",
-      actor: "system",
-    });
-    if (!repeated) await completeRecord(tx, verdict.serverId, identity);
-    return await issue(deps, tx, verdict.serverId, csr);
+    let outcome: EnrolOutcome = { kind: "pending", serverId: verdict.serverId, reason: verdict.reason };
+    if (verdict.approved) {
+      await deps.states.transition(tx, {
+        serverId: verdict.serverId,
+        from: ["pending"],
+        to: "verifying",
+        message: "enrolled; waiting for the first inventory",
+        actor: "system",
+      });
+      if (!repeated) await completeRecord(tx, verdict.serverId, identity);
+      outcome = await issue(deps, tx, verdict.serverId, csr);
+    }
+    // Last: a fleet enrols with one token, and all of it would wait for this row's lock.
+    if (!known) await useToken(tx, token.id);
+    return outcome;
   });
 }
 
