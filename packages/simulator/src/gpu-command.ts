@@ -10,7 +10,7 @@ const base = { gpu: z.union([z.number(), z.string()]).optional(), until_ms: z.nu
 const count = z.number().int().min(0).optional();
 
 /** A fault as it stands in the faults file. */
-export const faultSchema = z.discriminatedUnion("kind", [
+const faultSchema = z.discriminatedUnion("kind", [
   z.strictObject({
     ...base,
     kind: z.literal("hang"),

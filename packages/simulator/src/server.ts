@@ -216,7 +216,7 @@ export function openSimulatedServer(directory: string, identity?: SimulatedIdent
 }
 
 /** The GPU by index, UUID or PCI address. Throws `simulated-gpu-not-found`. */
-export function findGpu(server: ServerDescription, selector: number | string): GpuIdentity {
+function findGpu(server: ServerDescription, selector: number | string): GpuIdentity {
   const wanted = String(selector).toLowerCase();
   const found = server.gpus.find(
     (gpu) =>
@@ -349,7 +349,7 @@ export function appendXid(dir: string, options: XidOptions): void {
 }
 
 /** Writes any line to the simulated kernel log. */
-export function writeKernelMessage(dir: string, message: string, form: "kmsg" | "dmesg" = "kmsg"): void {
+function writeKernelMessage(dir: string, message: string, form: "kmsg" | "dmesg" = "kmsg"): void {
   withLock(dir, () => {
     appendKernelLog(dir, kernelLogLine(dir, message, form, Date.now(), uptime()));
   });

@@ -11,7 +11,7 @@ const flag = z
  * Agent settings. Every name is an environment variable; flags of `run` win over it. All faults are reported
  * together. Secrets are named by file: an argument list is readable by every user of the host.
  */
-export const configSchema = z.object({
+const configSchema = z.object({
   /** host:port of the controller's enrolment listener. */
   PALEBLUEDOT_CONTROLLER: z.string().min(1),
   /** SHA-256 of the controller's CA certificate: the only thing trusted at first contact. */
@@ -53,7 +53,7 @@ export const configSchema = z.object({
 export type AgentConfig = z.infer<typeof configSchema>;
 export type SettingName = keyof AgentConfig;
 
-export const settingNames = Object.keys(configSchema.shape) as SettingName[];
+const settingNames = Object.keys(configSchema.shape) as SettingName[];
 
 const hints: Readonly<Record<string, string>> = {
   PALEBLUEDOT_CONTROLLER: "the controller's enrolment address, e.g. controller.example.com:8443",

@@ -4,7 +4,7 @@ import type { ContainerEngine } from "@palebluedot/shared/generated/palebluedot/
 import type { GpuMode } from "../reconcile/options.ts";
 import type { EngineInfo, EngineVersion } from "./engine.ts";
 
-export const simulatedEngineName = "palebluedot-simulated-engine";
+const simulatedEngineName = "palebluedot-simulated-engine";
 
 /** A CDI specification of NVIDIA GPUs found on this host. */
 export interface CdiSpecification {

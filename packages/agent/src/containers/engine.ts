@@ -35,7 +35,7 @@ export interface ImageFacts {
 const listedSchema = z.array(
   z.object({ Id: z.string(), State: z.string(), Labels: nullish(z.record(z.string(), z.string())) }),
 );
-export interface ListedContainer {
+interface ListedContainer {
   readonly id: string;
   /** "created", "running", "paused", "restarting", "removing", "exited" or "dead". */
   readonly state: string;
@@ -78,7 +78,7 @@ const engineEventSchema = z.object({
     z.object({ ID: nullish(z.string()), Attributes: nullish(z.record(z.string(), z.string())) }),
   ),
 });
-export interface EngineEvent {
+interface EngineEvent {
   readonly action: string;
   readonly containerId: string;
   readonly attributes: Readonly<Record<string, string>>;
@@ -91,13 +91,13 @@ const progressSchema = z.object({
   progressDetail: nullish(z.object({ current: nullish(z.number()), total: nullish(z.number()) })),
 });
 
-export interface PullCredentials {
+interface PullCredentials {
   readonly server: string;
   readonly username: string;
   readonly password: string;
 }
 
-export interface LogOptions {
+interface LogOptions {
   readonly follow: boolean;
   /** 0: everything. */
   readonly tailLines: number;

@@ -19,7 +19,7 @@ export interface PolicyContext {
  * RDMA registration (IPC_LOCK), NUMA pinning (SYS_NICE) and profilers (SYS_PTRACE, in the container's own
  * process namespace) need.
  */
-export const allowedCapabilities: ReadonlySet<string> = new Set([
+const allowedCapabilities: ReadonlySet<string> = new Set([
   "AUDIT_WRITE",
   "CHOWN",
   "DAC_OVERRIDE",

@@ -18,7 +18,7 @@ export interface EngineTransport {
   close(): void;
 }
 
-export interface EngineRequest {
+interface EngineRequest {
   readonly method: "GET" | "POST" | "DELETE";
   /** With query, without the API version. */
   readonly path: string;

@@ -15,7 +15,7 @@ import { createSmiRunner } from "../gpu/smi-runner.ts";
 import { cleanText } from "../gpu/values.ts";
 import { readIdentity } from "../inventory/identity.ts";
 
-export type CheckStatus = "ok" | "warning" | "failed" | "skipped";
+type CheckStatus = "ok" | "warning" | "failed" | "skipped";
 
 export interface CheckResult {
   /** Stable kebab-case name. */

@@ -36,9 +36,7 @@ export function registerDoctorCommand(program: Command): void {
 }
 
 /** The same variables as `run`; unlike there nothing is required, because doctor comes before enrolment. */
-export function doctorOptionsFromEnvironment(
-  env: Readonly<Record<string, string | undefined>>,
-): DoctorOptions {
+function doctorOptionsFromEnvironment(env: Readonly<Record<string, string | undefined>>): DoctorOptions {
   return {
     nvidiaSmiPath: env["PALEBLUEDOT_NVIDIA_SMI"] ?? "nvidia-smi",
     kernelLogPath: env["PALEBLUEDOT_KERNEL_LOG"] ?? "/dev/kmsg",

@@ -2,7 +2,7 @@ import { cleanText, count, gpuUuid, memoryBytes, withoutAnsi } from "./values.ts
 
 /** Parsers of nvidia-smi's smaller outputs: -L, topo -m, --query-compute-apps. */
 
-export interface ListedMigDevice {
+interface ListedMigDevice {
   readonly index: number;
   /** "1g.10gb"; the "+me" suffix is dropped by nvidia-smi here. */
   readonly profile: string;

@@ -21,7 +21,7 @@ import { createSmiStream } from "./smi-stream.ts";
 import type { GpuMonitorOptions, GpuMonitorWithReadings, TimedReading } from "./monitor-types.ts";
 import type { GpuEvent, GpuSnapshot } from "./types.ts";
 
-export type { GpuMonitorOptions, GpuMonitorWithReadings, TimedReading } from "./monitor-types.ts";
+export type { GpuMonitorOptions, GpuMonitorWithReadings } from "./monitor-types.ts";
 
 import { pciBusId } from "./values.ts";
 import { readSmiDocument, type SmiLook } from "./smi-document.ts";

@@ -9,7 +9,7 @@ import { cleanText } from "./values.ts";
  * sleep where even SIGKILL does nothing; nothing here ever waits for such a child. It is abandoned, and
  * while it lives no second one of its kind is started, so that they cannot pile up.
  */
-export type SmiKind = "document" | "list" | "topology" | "apps" | "memory" | "stream";
+type SmiKind = "document" | "list" | "topology" | "apps" | "memory" | "stream";
 
 export type SmiResult =
   | { readonly kind: "ok"; readonly stdout: string; readonly stderr: string }

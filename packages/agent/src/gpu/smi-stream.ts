@@ -10,7 +10,7 @@ import type { SmiRunner } from "./smi-runner.ts";
 import { cleanText } from "./values.ts";
 
 /** Fields of the fast loop, and what an older driver calls them. All are cheap: 70 ms for 8 GPUs. */
-export const streamFields: readonly string[] = [
+const streamFields: readonly string[] = [
   "index",
   "uuid",
   "pci.bus_id",

@@ -20,7 +20,7 @@ const unavailableForms: ReadonlySet<string> = new Set([
 ]);
 
 /** True for "[N/A]", "GPU is lost", "" and the like: absent is not zero. */
-export function isUnavailable(text: string): boolean {
+function isUnavailable(text: string): boolean {
   const core = text.trim().replace(/^\[(.*)\]$/, "$1");
   return unavailableForms.has(core.trim().toLowerCase());
 }

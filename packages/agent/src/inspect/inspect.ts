@@ -93,7 +93,7 @@ function collectEvent(line: string, events: object[]): void {
 }
 
 /** One entry of `events`. */
-export function describeEvent(event: KernelGpuEvent): object {
+function describeEvent(event: KernelGpuEvent): object {
   return {
     kind: event.kind,
     xid: event.kind === "xid" ? (event.number ?? null) : null,
@@ -110,7 +110,7 @@ export function describeEvent(event: KernelGpuEvent): object {
 }
 
 /** One entry of `gpus`. */
-export function describeGpu(gpu: GpuReading): object {
+function describeGpu(gpu: GpuReading): object {
   return {
     index: gpu.index ?? null,
     uuid: gpu.uuid ?? null,

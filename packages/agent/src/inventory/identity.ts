@@ -146,7 +146,7 @@ const run = promisify(execFile);
 const ipmitoolDeadlineMs = 10_000;
 
 /** The BMC's own address, from inside the host. Undefined without root, ipmitool or a BMC. */
-export async function readBmcByIpmitool(): Promise<BmcAddress | undefined> {
+async function readBmcByIpmitool(): Promise<BmcAddress | undefined> {
   if (process.getuid?.() !== 0) return undefined;
   try {
     const { stdout } = await run("ipmitool", ["lan", "print"], {

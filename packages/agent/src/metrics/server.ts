@@ -13,7 +13,7 @@ import { errorMessage, PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
 import type { AgentMetrics } from "./metrics.ts";
 
-export interface Health {
+interface Health {
   readonly ok: boolean;
   /** For people and `doctor`; never secrets. */
   readonly details: Readonly<Record<string, unknown>>;

@@ -3,7 +3,7 @@ import type { Logger } from "@palebluedot/shared/logger.ts";
 import type { GpuMonitor } from "../gpu/types.ts";
 
 /** How GPUs get into a container. */
-export const gpuModes = ["cdi", "nvidia-runtime", "device-nodes"] as const;
+const gpuModes = ["cdi", "nvidia-runtime", "device-nodes"] as const;
 export type GpuMode = (typeof gpuModes)[number];
 
 export interface EngineOptions {

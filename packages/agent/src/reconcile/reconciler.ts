@@ -24,8 +24,6 @@ import { createRecordStore } from "./records.ts";
 import type { Reconciler, WorkloadEvent } from "./types.ts";
 import { createWorkload, type Workload } from "./workload.ts";
 
-export type { EngineOptions, GpuMode, ReconcilerOptions, ReconcilerTimings } from "./options.ts";
-
 const defaultTimings: Required<ReconcilerTimings> = {
   engineCallMs: 15_000,
   enginePingMs: 10_000,

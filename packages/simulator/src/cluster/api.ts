@@ -1,5 +1,5 @@
 /** A small REST client for the demo, the benchmarks and the tests. */
-export interface ApiResponse<T> {
+interface ApiResponse<T> {
   readonly status: number;
   readonly headers: Headers;
   readonly body: T;

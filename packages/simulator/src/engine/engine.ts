@@ -26,7 +26,7 @@ import { createImageStore } from "./images.ts";
 import { createResources, type Resources } from "./resources.ts";
 
 /** Agents recognise the simulation by this name in the version. */
-export const engineName = "palebluedot-simulated-engine";
+const engineName = "palebluedot-simulated-engine";
 const engineVersion = `28.0.0-${engineName}`;
 const apiVersion = "1.48";
 

@@ -2,7 +2,7 @@
 import type { Call } from "./http.ts";
 import { filters, matchesLabels } from "./http.ts";
 
-export interface EngineEvent {
+interface EngineEvent {
   readonly Type: string;
   readonly Action: string;
   readonly Actor: { readonly ID: string; readonly Attributes: Readonly<Record<string, string>> };

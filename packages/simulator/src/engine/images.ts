@@ -7,7 +7,7 @@ import { writeJson } from "../nvidia-smi/state.ts";
 import { EngineError, type Call, flag, route, sendJson, type Route } from "./http.ts";
 import type { EventLog } from "./events.ts";
 
-export interface Image {
+interface Image {
   readonly id: string;
   readonly name: string;
   readonly createdAt: string;
@@ -43,7 +43,7 @@ const builtIn: readonly { name: string; env: readonly string[]; command: readonl
 ];
 
 /** `name` with its tag; the registry part may hold a port, so only a colon after the last slash is a tag. */
-export function withTag(reference: string, tag?: string | null): string {
+function withTag(reference: string, tag?: string | null): string {
   // The default registry goes without saying, as in the real engine.
   const name = reference.replace(/^(?:docker\.io|index\.docker\.io)\//, "").replace(/^library\//, "");
   if (name.includes("@")) return name;

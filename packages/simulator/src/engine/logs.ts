@@ -10,7 +10,7 @@ const pollMs = 100;
 const chunkBytes = 64 << 10;
 
 /** The engine's frame: stream number, three zero bytes, length, payload. */
-export function frame(stream: "stdout" | "stderr", payload: string): Buffer {
+function frame(stream: "stdout" | "stderr", payload: string): Buffer {
   const body = Buffer.from(payload, "utf8");
   const head = Buffer.alloc(8);
   head[0] = stream === "stdout" ? 1 : 2;

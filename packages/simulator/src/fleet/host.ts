@@ -25,7 +25,7 @@ function uuid(hex: string): string {
   return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-4${hex.slice(13, 16)}-a${hex.slice(17, 20)}-${hex.slice(20, 32)}`;
 }
 
-export function gpuUuid(host: SimulatedHost, gpu: number): string {
+function gpuUuid(host: SimulatedHost, gpu: number): string {
   return `GPU-${uuid(digest(host, `gpu:${gpu}`))}`;
 }
 

@@ -1,6 +1,6 @@
 /** The command line of the simulated nvidia-smi. */
 
-export type Command =
+type Command =
   | "query-gpu"
   | "query-compute-apps"
   | "query-retired-pages"

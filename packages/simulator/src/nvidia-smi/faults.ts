@@ -24,7 +24,7 @@ export const throttleReasons = [
 export type ThrottleReason = (typeof throttleReasons)[number];
 
 export const recoveryActions = ["None", "Reset", "Reboot", "Drain P2P", "Drain and Reset"] as const;
-export type RecoveryAction = (typeof recoveryActions)[number];
+type RecoveryAction = (typeof recoveryActions)[number];
 
 export type Fault = FaultBase &
   (

@@ -25,7 +25,7 @@ export interface QueryField {
   readonly value: (reading: GpuReading, context: FieldContext) => number | string;
 }
 
-export const notAvailable = "[N/A]";
+const notAvailable = "[N/A]";
 const deprecated = "[Requested functionality has been deprecated]";
 const never = Number.POSITIVE_INFINITY;
 
@@ -64,7 +64,7 @@ export function csvTimestamp(atMs: number): string {
   );
 }
 
-export const reasonBits: Readonly<Record<string, number>> = {
+const reasonBits: Readonly<Record<string, number>> = {
   gpu_idle: 0x1,
   applications_clocks_setting: 0x2,
   sw_power_cap: 0x4,

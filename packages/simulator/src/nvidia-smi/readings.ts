@@ -63,7 +63,7 @@ export interface GpuReading {
 }
 
 /** -1 to 1, the same for the same arguments (an integer hash after Wang). */
-export function noise(seed: number, gpu: number, what: number, second: number): number {
+function noise(seed: number, gpu: number, what: number, second: number): number {
   let h = (seed * 73_856_093) ^ (gpu * 19_349_663) ^ (what * 83_492_791) ^ (second * 2_654_435_761);
   h = Math.imul(h ^ (h >>> 16), 0x45d9f3b);
   h = Math.imul(h ^ (h >>> 16), 0x45d9f3b);
@@ -97,12 +97,7 @@ function rampedMib(process: GpuProcess, atMs: number, speed: number): number {
 }
 
 /** The values at `atMs`, to be the next anchor when the processes change. */
-export function anchorAt(
-  server: ServerDescription,
-  state: GpuState,
-  atMs: number,
-  leavingMib = 0,
-): GpuAnchor {
+function anchorAt(server: ServerDescription, state: GpuState, atMs: number, leavingMib = 0): GpuAnchor {
   const model = models[server.model];
   const target = targets(model, state.processes);
   const elapsed = Math.max(0, atMs - state.anchor.atMs) * server.speed;

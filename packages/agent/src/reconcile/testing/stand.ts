@@ -24,7 +24,7 @@ import type { Reconciler, WorkloadEvent } from "../types.ts";
 const run = promisify(execFile);
 
 /** GPUs whose occupation a test sets; answers like the real monitor. */
-export interface FakeGpus extends Pick<GpuMonitor, "holders" | "snapshot"> {
+interface FakeGpus extends Pick<GpuMonitor, "holders" | "snapshot"> {
   readonly uuids: readonly string[];
   readonly occupied: Map<string, GpuHolder[]>;
   /** Set: nvidia-smi does not answer. */
@@ -34,7 +34,7 @@ export interface FakeGpus extends Pick<GpuMonitor, "holders" | "snapshot"> {
 const madeUpUuids = (count: number): string[] =>
   Array.from({ length: count }, (_, index) => `GPU-00000000-0000-4000-8000-00000000000${index}`);
 
-export function createFakeGpus(uuids: readonly string[]): FakeGpus {
+function createFakeGpus(uuids: readonly string[]): FakeGpus {
   const count = uuids.length;
   const gpus = uuids.map((uuid, index) =>
     // Minor numbers in another order than the indexes, as on real servers.
@@ -108,7 +108,7 @@ export const document = (
     workloads: [...workloads],
   });
 
-export const fastTimings: ReconcilerTimings = {
+const fastTimings: ReconcilerTimings = {
   engineCallMs: 10_000,
   enginePingMs: 300,
   resyncMs: 1500,
