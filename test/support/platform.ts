@@ -83,6 +83,7 @@ export async function startPlatform(
         hostname: name,
         seed,
         speed: 20,
+        sysfs: true,
       });
       const agent = startAgent({
         dataDir: join(directory, `${name}-agent`),

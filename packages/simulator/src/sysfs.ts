@@ -1,5 +1,5 @@
 /** A small sysfs tree for a simulated server: DMI, network cards and GPU NUMA nodes. */
-import { mkdirSync, writeFileSync } from "node:fs";
+import { mkdirSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import type { ServerDescription } from "./nvidia-smi/state.ts";
 import type { SimulatedIdentity } from "./server.ts";
@@ -19,7 +19,12 @@ export function writeSysfs(root: string, server: ServerDescription, identity: Si
     put(`class/net/eth${index}/address`, address);
     put(`class/net/eth${index}/operstate`, "up");
     put(`class/net/eth${index}/speed`, "100000");
-    put(`class/net/eth${index}/device/vendor`, "0x15b3");
+    put(`class/net/eth${index}/type`, "1");
+    put(`class/net/eth${index}/addr_assign_type`, "0");
+    // As in the kernel's tree the card is a link: that is how hardware is told from bridges and veth pairs.
+    const card = join(root, `devices/pci0000:00/0000:e${index}:00.0`);
+    put(`devices/pci0000:00/0000:e${index}:00.0/vendor`, "0x15b3");
+    symlinkSync(card, join(root, `class/net/eth${index}/device`));
   }
   for (const node of new Set(server.gpus.map((gpu) => gpu.numaNode))) {
     put(`devices/system/node/node${node}/cpulist`, "0");
