@@ -124,6 +124,8 @@ export async function capacity(sql: Sql): Promise<CapacityRow[]> {
         (g.schedulable and g.health <> 'unhealthy' and g.mig_enabled is not true
           and s.state = 'available' and s.pool = 'container' and not s.draining
           and not s.conditions ? 'unreachable'
+          and not exists (select from unnest(array['container-engine', 'gpu-driver', 'nvidia-smi']) as part
+                          where s.conditions -> part ->> 'status' = 'failed')
           and not exists (select from claims c where c.server_id = s.id and c.released_at is null
                           and c.server_exclusive = 1)) as usable
       from gpus g join servers s on s.id = g.server_id

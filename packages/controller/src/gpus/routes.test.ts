@@ -58,6 +58,25 @@ describe("GPUs", () => {
     await api.call("PATCH", `/api/v1/gpus/${gpu.id}`, { json: { scheduling: { schedulable: true } } });
   });
 
+  test.each(["container-engine", "gpu-driver", "nvidia-smi"])(
+    "capacity of a server with a failed %s is not free: the scheduler places nothing there",
+    async (part) => {
+      const free = async (): Promise<number> => {
+        const { json } = await api.call("GET", "/api/v1/capacity");
+        return json.items.find((item: { model: string }) => item.model.includes("H100")).free_count as number;
+      };
+      const { sql } = api.deps;
+      for (const [status, expected] of [
+        ["failed", 0],
+        ["degraded", 2],
+      ] as const) {
+        await sql`update servers set conditions = ${sql.json({ [part]: { status } })} where id = ${server.id}`;
+        expect(await free(), status).toBe(expected);
+      }
+      await sql`update servers set conditions = '{}' where id = ${server.id}`;
+    },
+  );
+
   test("capacity of a server that is draining or unreachable is not free", async () => {
     const free = async (): Promise<number> => {
       const { json } = await api.call("GET", "/api/v1/capacity");
