@@ -1,4 +1,4 @@
-import { existsSync } from "node:fs";
+import { existsSync, mkdirSync, symlinkSync } from "node:fs";
 import { join } from "node:path";
 import { execa } from "execa";
 import { eventually } from "../cluster/eventually.ts";
@@ -63,12 +63,25 @@ function realEngine(socketPath: string, servers: readonly SimulatedServer[]): De
     description: `Docker Engine at ${socketPath}`,
     image: realImage,
     command: training,
-    agentEnv: () => ({ DOCKER_HOST: `unix://${socketPath}`, PALEBLUEDOT_GPU_MODE: "device-nodes" }),
+    agentEnv: (server) => ({
+      DOCKER_HOST: `unix://${socketPath}`,
+      PALEBLUEDOT_GPU_MODE: "device-nodes",
+      PALEBLUEDOT_DEVICE_DIR: deviceNodes(server),
+    }),
     stop: () => {
       load.stop();
       return Promise.resolve();
     },
   };
+}
+
+/** Stand-ins for /dev/nvidia*: the engine follows the links, and making them needs no privilege. */
+function deviceNodes(server: SimulatedServer): string {
+  const directory = join(server.stateDir, "dev");
+  mkdirSync(directory);
+  const names = ["nvidiactl", "nvidia-uvm", ...server.gpus.map((gpu) => `nvidia${gpu.minorNumber}`)];
+  for (const name of names) symlinkSync("/dev/null", join(directory, name));
+  return directory;
 }
 
 async function simulatedEngine(

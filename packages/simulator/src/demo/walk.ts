@@ -52,7 +52,8 @@ export async function walk({ controller, servers, engine }: Walk): Promise<void>
           const seen = await api.get(`/api/v1/allocations/${allocation.id}`);
           if (seen.state === "ended" || seen.state === "releasing")
             throw new Error(`${seen.state}: ${seen.message}`);
-          return seen.state === "active" ? seen : undefined;
+          if (seen.state === "active") return seen;
+          throw new Error(`${seen.state}: ${seen.message || JSON.stringify(seen.observed)}`);
         },
         { timeoutMs: 60_000 },
       ),
