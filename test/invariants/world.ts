@@ -19,6 +19,7 @@ import {
 import type { AllocationCaller } from "@palebluedot/controller/allocations/types.ts";
 import { connect, databaseErrorCode, isTransientDatabaseError } from "@palebluedot/controller/db/connect.ts";
 import type { Sql } from "postgres";
+import { wronglyWaiting, type FreeServer } from "./waiting.ts";
 
 /** One thing that somebody does, through one of four controllers with one connection each. */
 export type Operation = { readonly lane: number } & (
@@ -385,16 +386,17 @@ export class World {
     const { feature } = this.#lane(0);
     feature.agentPort.capacityChanged(this.#servers.map((server) => server.id));
     await persist(() => feature.scheduler.runOnce());
-    const waiting = await this.#sql.database<{ id: string; count: number }[]>`
-      select id, (request -> 'gpus' ->> 'count')::int as count from allocations where state = 'queued'`;
-    const free = await this.#sql.database<{ free: number }[]>`
-      select count(*)::int as free from gpus
-      where not exists (select from claims where claims.gpu_id = gpus.id and released_at is null) group by server_id`;
-    const mostFree = Math.max(0, ...free.map((row) => row.free));
-    for (const row of waiting) {
-      if (row.count <= mostFree)
-        this.violations.push(`${row.id} waits for ${row.count} GPUs while ${mostFree} are free`);
-    }
+    const waiting = await this.#sql.database<
+      { id: string; priority: number; created_at: Date; count: number }[]
+    >`
+      select id, priority, created_at, (request -> 'gpus' ->> 'count')::int as count
+      from allocations where state = 'queued'`;
+    const servers = await this.#sql.database<FreeServer[]>`
+      select server_id as id, count(*)::int as gpus, count(*) filter (where not exists (
+        select from claims where claims.gpu_id = gpus.id and released_at is null))::int as free
+      from gpus group by server_id`;
+    const requests = waiting.map(({ created_at, ...row }) => ({ ...row, createdAt: created_at.getTime() }));
+    this.violations.push(...wronglyWaiting(requests, servers, this.#now));
   }
 
   /** Everything is released: nothing may stay behind. */

@@ -74,7 +74,8 @@ const sweepChunk = 200;
 /** How many of the waiting are told why; those behind them have the same reason or come later. */
 const explainedWaiting = 100;
 const explainEveryMs = 1000;
-const maxHeldServers = 8;
+/** For how many of the waiting a server is kept free. */
+const maxHolders = 8;
 /** Ids in one notification: 36 characters each, payloads end at 8,000 bytes. */
 const notifiedIds = 150;
 
@@ -182,7 +183,12 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
     const rows = await sql<{ id: string }[]>`select id from allocations where state = 'queued'`;
     const queued = new Set(rows.map((row) => row.id));
     // What was submitted after the query began is not in its answer.
-    for (const id of waiting.addedBefore(mark)) if (!queued.has(id)) waiting.remove(id);
+    for (const id of waiting.addedBefore(mark)) {
+      if (queued.has(id)) continue;
+      waiting.remove(id);
+      // A server may have been kept free for it.
+      unsettled = true;
+    }
     await readWaiting([...queued].filter((id) => !waiting.has(id)));
     queueReadAt = performance.now();
   }
@@ -202,12 +208,15 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
   function decide(): Decision[] {
     const decisions: Decision[] = [];
     const held = new Set<string>();
+    // What finds nothing while servers are kept free may find something when they no longer are.
+    const hopelessWhileHeld = new Set<string>();
+    let holders = 0;
     const now = clock.now();
     for (const request of waiting.inOrder()) {
       if (decisions.length >= maxBatch) break;
-      const overdue = now - request.createdAt > holdAfterMs && held.size < maxHeldServers;
+      const overdue = now - request.createdAt > holdAfterMs && holders < maxHolders;
       const shape = shapeOf(request.request);
-      if (hopeless.has(shape) && !overdue) continue;
+      if (!overdue && (hopeless.has(shape) || hopelessWhileHeld.has(shape))) continue;
       const startedAt = performance.now();
       const placement = index.place(request.request, held);
       metrics.decisionSeconds.observe((performance.now() - startedAt) / 1000);
@@ -216,11 +225,13 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
         decisions.push({ waiting: request, placement });
         continue;
       }
-      hopeless.add(shape);
+      (held.size === 0 ? hopeless : hopelessWhileHeld).add(shape);
       if (!overdue) continue;
       // Small requests behind it must not take every GPU that becomes free, for ever.
       const kept = index.mostPromising(request.request);
-      if (kept !== undefined) held.add(kept);
+      if (kept === undefined) continue;
+      held.add(kept);
+      holders += 1;
     }
     if (decisions.length < maxBatch) unsettled = false;
     return decisions;
@@ -276,6 +287,11 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
     return 0;
   }
 
+  function explain(request: PlacementRequest): string {
+    if (index.place(request) === undefined) return index.explain(request);
+    return "the GPUs that would fit are kept free for a request that has waited longer";
+  }
+
   /** Tells the first of the waiting why they wait; writes only what changed. */
   async function explainWaiting(): Promise<void> {
     if (waiting.size === 0 || performance.now() - explainedAt < explainEveryMs) return;
@@ -284,7 +300,7 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
     const changes: { id: string; message: string }[] = [];
     for (const request of waiting.inOrder().slice(0, explainedWaiting)) {
       const shape = shapeOf(request.request);
-      const message = words.get(shape) ?? index.explain(request.request);
+      const message = words.get(shape) ?? explain(request.request);
       words.set(shape, message);
       if (request.message === message) continue;
       request.message = message;
@@ -412,9 +428,8 @@ export function createScheduler(options: SchedulerOptions): Scheduler {
       wake?.();
     },
     withdraw(ids) {
-      for (const id of ids) waiting.remove(id);
       // A server may have been kept free for one of them.
-      hopeless.clear();
+      for (const id of ids) waiting.remove(id);
       unsettled = true;
       wake?.();
     },
