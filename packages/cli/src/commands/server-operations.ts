@@ -98,15 +98,26 @@ export const serversRetire = defineCommand({
   path: ["servers", "retire"],
   description: "Take a server out of the fleet for good; refused while an allocation is on it",
   arguments: [serverArgument],
-  options: [reasonOption],
-  input: z.object({ server: z.string(), reason }),
+  options: [
+    reasonOption,
+    {
+      flags: "--abandon",
+      description: "end the allocations of a server that is unreachable and will not come back; needs --reason",
+    },
+  ],
+  input: z
+    .object({ server: z.string(), reason, abandon: z.boolean().default(false) })
+    .refine((input) => !input.abandon || input.reason !== undefined, "--abandon needs --reason: tenants read it"),
   async run(context, input) {
     await act(
       context,
       input.server,
       "retire",
       serverSchema,
-      input.reason === undefined ? {} : { reason: input.reason },
+      {
+        ...(input.reason === undefined ? {} : { reason: input.reason }),
+        ...(input.abandon ? { abandon_allocations: true } : {}),
+      },
       (answer) => `Server ${answer.name ?? input.server} is retired; its certificates are revoked.`,
     );
   },
