@@ -37,14 +37,25 @@ export interface Transitioned {
   readonly endReason: EndReason | null;
 }
 
+export interface ReachedGeneration {
+  readonly id: string;
+  readonly generation: number;
+}
+
 export interface TransitionWriter {
   /**
    * Writes all in one statement, with everything that belongs to it: state and times, claims, the server's
    * generation, the event, the time at which the reconciler looks next. Transitions whose allocation is in
    * another state by now are left out of the result. A claim conflict (SQLSTATE 23P01) fails the whole
-   * statement. At most one transition for each allocation.
+   * statement. At most one transition for each allocation. `reached`: the generations that agents reported to
+   * have reached, at most one for each server; they never fall.
    */
-  write(sql: ISql, transitions: readonly Transition[], now: number): Promise<Transitioned[]>;
+  write(
+    sql: ISql,
+    transitions: readonly Transition[],
+    now: number,
+    reached?: readonly ReachedGeneration[],
+  ): Promise<Transitioned[]>;
   /** Counts and logs; call it when the transaction is committed. */
   committed(done: readonly Transitioned[]): void;
 }
@@ -70,8 +81,13 @@ export function createTransitionWriter(options: {
   const { log, metrics } = options;
   const seconds = new WeakMap<Transitioned, number>();
 
-  async function write(sql: ISql, transitions: readonly Transition[], now: number): Promise<Transitioned[]> {
-    if (transitions.length === 0) return [];
+  async function write(
+    sql: ISql,
+    transitions: readonly Transition[],
+    now: number,
+    reached: readonly ReachedGeneration[] = [],
+  ): Promise<Transitioned[]> {
+    if (transitions.length === 0 && reached.length === 0) return [];
     for (const transition of transitions) check(transition);
     const input = JSON.stringify(
       transitions.map((transition) => ({
@@ -96,80 +112,94 @@ export function createTransitionWriter(options: {
         select * from jsonb_to_recordset(${input}::text::jsonb) as input(
           id uuid, from_states text[], to_state text, end_reason text, message text, observed jsonb, server_id uuid,
           gpu_ids uuid[], claim_ids uuid[], event_id uuid, actor text, severity text, allowance_ms bigint)
+      ), reached as materialized (
+        select * from jsonb_to_recordset(${JSON.stringify(reached)}::text::jsonb) as reached(id uuid, generation bigint)
       ), held_servers as materialized (
         select id, state = 'available' and pool = 'container' and not draining as takes_more
-        from servers where id in (select server_id from input) order by id for no key update
+        from servers where id = any(array(select server_id from input union select id from reached))
+        order by id for no key update
       ), held as materialized (
-        select allocation.id, allocation.state, allocation.state_since
+        -- All that the steps below need, so that none of them joins with the input again.
+        select allocation.state as from_state, allocation.state_since as from_since, input.*
         from allocations allocation join input on input.id = allocation.id
         where (select count(*) from held_servers) >= 0
         order by allocation.id for no key update of allocation
       ), changed as (
         update allocations allocation
-        set state = input.to_state,
+        set state = held.to_state,
             state_since = ${at},
-            end_reason = coalesce(allocation.end_reason, input.end_reason),
-            message = coalesce(input.message, allocation.message),
-            observed = coalesce(input.observed, allocation.observed),
-            server_id = coalesce(allocation.server_id, input.server_id),
-            secrets_encrypted = case when input.to_state = 'ended' then null else allocation.secrets_encrypted end,
-            scheduled_at = case when input.to_state = 'scheduled' then ${at} else allocation.scheduled_at end,
-            active_at = case when input.to_state = 'active' then ${at} else allocation.active_at end,
-            expires_at = case when input.to_state = 'active'
+            end_reason = coalesce(allocation.end_reason, held.end_reason),
+            message = coalesce(held.message, allocation.message),
+            observed = coalesce(held.observed, allocation.observed),
+            server_id = coalesce(allocation.server_id, held.server_id),
+            secrets_encrypted = case when held.to_state = 'ended' then null else allocation.secrets_encrypted end,
+            scheduled_at = case when held.to_state = 'scheduled' then ${at} else allocation.scheduled_at end,
+            active_at = case when held.to_state = 'active' then ${at} else allocation.active_at end,
+            expires_at = case when held.to_state = 'active'
               then ${at}::timestamptz + allocation.lease_seconds * interval '1 second' else allocation.expires_at end,
-            releasing_at = case when input.to_state = 'releasing' then ${at} else allocation.releasing_at end,
-            ended_at = case when input.to_state = 'ended' then ${at} else allocation.ended_at end
-        from input join held on held.id = input.id
-        where allocation.id = input.id and held.state = any(input.from_states)
+            releasing_at = case when held.to_state = 'releasing' then ${at} else allocation.releasing_at end,
+            ended_at = case when held.to_state = 'ended' then ${at} else allocation.ended_at end
+        from held
+        where allocation.id = held.id and held.from_state = any(held.from_states)
           -- Claims are taken all or not at all, and of GPUs that are still there and wanted.
-          and (input.to_state <> 'scheduled' or (
-            exists (select from held_servers where held_servers.id = input.server_id and takes_more)
-            and cardinality(input.gpu_ids) = (
+          and (held.to_state <> 'scheduled' or (
+            held.server_id in (select id from held_servers where takes_more)
+            and cardinality(held.gpu_ids) = (
               select count(*) from gpus
-              where gpus.id = any(input.gpu_ids) and gpus.server_id = input.server_id
+              where gpus.id = any(held.gpu_ids) and gpus.server_id = held.server_id
                 and present and schedulable and health <> 'unhealthy' and mig_enabled is not true)))
         returning allocation.id, allocation.tenant_id, allocation.server_id, allocation.state, allocation.end_reason,
-          allocation.message, allocation.expires_at, held.state as from_state,
-          greatest(0, extract(epoch from ${at}::timestamptz - held.state_since))::float8 as seconds
+          allocation.message, allocation.expires_at, held.from_state, held.gpu_ids, held.claim_ids, held.event_id,
+          held.actor, held.severity, held.allowance_ms,
+          greatest(0, extract(epoch from ${at}::timestamptz - held.from_since))::float8 as seconds
       ), claimed as (
         insert into claims (id, allocation_id, server_id, gpu_id, mode, claimed_at)
         select claim.claim_id, changed.id, changed.server_id, claim.gpu_id, 'whole', ${at}
-        from changed join input on input.id = changed.id,
-          lateral unnest(input.gpu_ids, input.claim_ids) as claim(gpu_id, claim_id)
+        from changed, lateral unnest(changed.gpu_ids, changed.claim_ids) as claim(gpu_id, claim_id)
         where changed.state = 'scheduled'
         order by claim.gpu_id
       ), freed as (
         update claims
-        set usage_ended_at = coalesce(claims.usage_ended_at, ${at}),
-            released_at = case when changed.state = 'ended' then ${at}::timestamptz end
-        from changed
-        where claims.allocation_id = changed.id and claims.released_at is null
-          and changed.state in ('releasing', 'ended')
+        set usage_ended_at = coalesce(usage_ended_at, ${at}),
+            released_at = case when allocation_id = any(array(select id from changed where state = 'ended'))
+              then ${at}::timestamptz end
+        where released_at is null
+          and allocation_id = any(array(select id from changed where state in ('releasing', 'ended')))
       ), generations as (
-        update servers set desired_generation = desired_generation + 1, updated_at = ${at}
-        where id in (select server_id from changed where state in ('scheduled', 'releasing', 'ended'))
+        update servers
+        set desired_generation = desired_generation + case when id = any(array(
+              select server_id from changed where state in ('scheduled', 'releasing', 'ended'))) then 1 else 0 end,
+            observed_generation = greatest(observed_generation,
+              (select generation from reached where reached.id = servers.id)),
+            updated_at = ${at}
+        where id = any(array(
+          select server_id from changed where state in ('scheduled', 'releasing', 'ended')
+          union select id from reached))
       ), told as (
         insert into outbox (id, type, severity, tenant_id, server_id, allocation_id, actor, message, data, occurred_at)
-        select input.event_id, 'allocation.' || changed.state, input.severity, changed.tenant_id, changed.server_id,
-          changed.id, input.actor, changed.message,
-          jsonb_strip_nulls(jsonb_build_object('from', changed.from_state, 'to', changed.state,
-            'end_reason', changed.end_reason, 'expires_at', changed.expires_at,
-            'gpu_ids', case when changed.state = 'scheduled' then to_jsonb(input.gpu_ids) end)),
+        select event_id, 'allocation.' || state, severity, tenant_id, server_id, id, actor,
+          -- On the allocation a message says what is amiss; an event also says that all is well.
+          case when message <> '' then message when state = 'scheduled' then 'placed on a server'
+            when state = 'active' then 'the container runs' else 'it is ' || state end,
+          jsonb_strip_nulls(jsonb_build_object('from', from_state, 'to', state,
+            'end_reason', end_reason, 'expires_at', expires_at,
+            'gpu_ids', case when state = 'scheduled' then to_jsonb(gpu_ids) end)),
           ${at}
-        from changed join input on input.id = changed.id
+        from changed
       ), due as (
         insert into reconcile_queue as queue (kind, key, due_at)
-        select 'allocation', changed.id, coalesce(
-          case when changed.state = 'active' then changed.expires_at end,
-          ${at}::timestamptz + input.allowance_ms * interval '1 millisecond')
-        from changed join input on input.id = changed.id
-        where changed.state <> 'ended' order by changed.id
+        select 'allocation', id, coalesce(
+          case when state = 'active' then expires_at end,
+          ${at}::timestamptz + allowance_ms * interval '1 millisecond')
+        from changed
+        where state <> 'ended' order by id
         -- A worker that holds the row is fenced: what it saw is over.
         on conflict (kind, key) do update
           set due_at = excluded.due_at, attempt = 0, lease_token = queue.lease_token + 1, leased_until = null,
             last_error = null
       ), finished as (
-        delete from reconcile_queue where kind = 'allocation' and key in (select id from changed where state = 'ended')
+        delete from reconcile_queue
+        where kind = 'allocation' and key = any(array(select id from changed where state = 'ended'))
       )
       select id, tenant_id, server_id, from_state, state, end_reason, seconds from changed`;
     return rows.map((row) => {

@@ -10,6 +10,10 @@ export interface ConnectOptions {
   /** The server gives a statement up after this. Default 30,000. */
   readonly statementTimeoutMs?: number;
   readonly log?: Logger;
+  /** What the server says beside its answers; default: the code goes to the log. */
+  readonly onNotice?: (message: string) => void;
+  /** Server settings of the sessions beside ours. */
+  readonly settings?: Readonly<Record<string, string>>;
 }
 
 /**
@@ -48,6 +52,17 @@ function parseBigint(text: string): number {
   });
 }
 
+/**
+ * Every statement here touches few rows, by key. A prepared plan lives as long as its connection: one made
+ * while tables were small must not read them whole when they have grown, so that is ruled out from the start.
+ */
+const plannerSettings = {
+  enable_seqscan: "off",
+  enable_hashjoin: "off",
+  enable_mergejoin: "off",
+  jit: "off",
+};
+
 /** The connection pool. Connects lazily; reconnects by itself with back-off. bigint columns arrive as numbers. */
 export function connect(url: string, options: ConnectOptions = {}): Sql {
   return postgres({
@@ -56,8 +71,13 @@ export function connect(url: string, options: ConnectOptions = {}): Sql {
     connect_timeout: 10,
     // Idle connections go, so that a failed-over server is noticed and the server's limit is kept.
     idle_timeout: 300,
-    onnotice: (notice) => options.log?.debug({ code: notice["code"] }, "database notice"),
+    onnotice: (notice) => {
+      if (options.onNotice !== undefined) options.onNotice(notice["message"] ?? "");
+      else options.log?.debug({ code: notice["code"] }, "database notice");
+    },
     connection: {
+      ...plannerSettings,
+      ...options.settings,
       application_name: options.applicationName ?? "palebluedot-controller",
       statement_timeout: options.statementTimeoutMs ?? 30_000,
       idle_in_transaction_session_timeout: 60_000,

@@ -17,31 +17,27 @@ export async function sequenceOutbox(
   sql: Sql,
   batchSize: number = sequencerBatchSize,
 ): Promise<{ moved: number; lastSeq: number }> {
-  return await sql.begin(async (tx) => {
-    const [cursor] = await tx<{ seq: number }[]>`
-      select seq from event_cursors where name = 'sequence' for update`;
-    const lastSeq = cursor?.seq ?? 0;
-    const [result] = await tx<{ moved: number }[]>`
-      with batch as (
-        select id from outbox order by id limit ${batchSize}
-      ), taken as (
-        delete from outbox using batch where outbox.id = batch.id returning outbox.*
-      ), placed as (
-        insert into events (seq, id, type, severity, tenant_id, server_id, gpu_id, allocation_id, actor, message, data, occurred_at)
-        select ${lastSeq}::bigint + row_number() over (order by id), id, type, severity, tenant_id, server_id,
-               gpu_id, allocation_id, actor, message, data, occurred_at
-        from taken
-        returning 1
-      )
-      select count(*)::int as moved from placed`;
-    const moved = result?.moved ?? 0;
-    if (moved > 0) {
-      await tx`
-        insert into event_cursors (name, seq) values ('sequence', ${lastSeq + moved})
-        on conflict (name) do update set seq = excluded.seq`;
-    }
-    return { moved, lastSeq: lastSeq + moved };
-  });
+  const [result] = await sql<{ moved: number; seq: number }[]>`
+    with head as materialized (
+      select seq from event_cursors where name = 'sequence' for update
+    ), batch as materialized (
+      select id from outbox where (select count(*) from head) > 0 order by id limit ${batchSize}
+    ), taken as (
+      delete from outbox where id = any(array(select id from batch)) returning *
+    ), placed as (
+      insert into events (seq, id, type, severity, tenant_id, server_id, gpu_id, allocation_id, actor, message, data, occurred_at)
+      select (select seq from head) + row_number() over (order by id), id, type, severity, tenant_id, server_id,
+             gpu_id, allocation_id, actor, message, data, occurred_at
+      from taken
+      returning seq
+    ), moved as (
+      select count(*)::int as count from placed
+    ), advanced as (
+      update event_cursors set seq = seq + moved.count from moved where name = 'sequence' and moved.count > 0
+    )
+    select moved.count as moved, head.seq + moved.count as seq from moved, head`;
+  if (result === undefined) throw new Error("the cursor of the event stream is gone");
+  return { moved: result.moved, lastSeq: result.seq };
 }
 
 /** The last `seq` given out. */
