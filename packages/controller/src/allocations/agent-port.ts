@@ -12,7 +12,13 @@ import { createBatcher } from "./batching.ts";
 import { loadDesiredStates } from "./desired-state.ts";
 import type { AllocationMetrics } from "./metrics.ts";
 import { judgeReport } from "./observation.ts";
-import { retryDeadlocks, type Transition, type Transitioned, type TransitionWriter } from "./transitions.ts";
+import {
+  retryDeadlocks,
+  type ReachedGeneration,
+  type Transition,
+  type Transitioned,
+  type TransitionWriter,
+} from "./transitions.ts";
 import type { AllocationAgentPort } from "./types.ts";
 
 export interface AgentPortOptions {
@@ -44,7 +50,7 @@ interface LiveRow {
 interface Changes {
   readonly transitions: Transition[];
   readonly observations: { id: string; observed: ObservedWorkload; message: string | null }[];
-  readonly generations: { id: string; generation: number }[];
+  readonly generations: ReachedGeneration[];
   readonly events: NewEvent[];
 }
 
@@ -141,25 +147,11 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
 
   async function write(changes: Changes): Promise<readonly Transitioned[]> {
     const now = clock.now();
-    const onlyTransitions =
-      changes.observations.length === 0 && changes.generations.length === 0 && changes.events.length === 0;
-    if (onlyTransitions) {
-      return changes.transitions.length === 0 ? [] : writer.write(sql, changes.transitions, now);
+    if (changes.observations.length === 0 && changes.events.length === 0) {
+      return writer.write(sql, changes.transitions, now, changes.generations);
     }
-    // The same order of locks as the writer's: servers, then allocations, each by id.
     return sql.begin(async (tx) => {
-      const touched = [
-        ...changes.generations.map((change) => change.id),
-        ...changes.transitions.flatMap((change) => (change.serverId === null ? [] : [change.serverId])),
-      ];
-      if (changes.generations.length > 0) {
-        await tx`select id from servers where id = any(${touched}::uuid[]) order by id for no key update`;
-        await tx`
-          update servers set observed_generation = input.generation
-          from jsonb_to_recordset(${JSON.stringify(changes.generations)}::text::jsonb) as input(id uuid, generation bigint)
-          where servers.id = input.id and servers.observed_generation < input.generation`;
-      }
-      const done = await writer.write(tx, changes.transitions, now);
+      const done = await writer.write(tx, changes.transitions, now, changes.generations);
       if (changes.observations.length > 0) {
         await tx`
           with input as materialized (

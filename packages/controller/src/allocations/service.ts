@@ -100,6 +100,22 @@ export function createAllocationService(options: AllocationServiceOptions): Allo
     run: (batch) => retryDeadlocks(() => insertAllocations(sql, batch), log),
   });
 
+  const releases = createBatcher<Transition, Transitioned | undefined>({
+    maxBatch: 128,
+    concurrency: 2,
+    run: async (batch) => {
+      // Of two that release the same one, the first does it and the other looks again.
+      const byId = new Map(batch.toReversed().map((transition) => [transition.id, transition]));
+      const done = await retryDeadlocks(() => writer.write(sql, [...byId.values()], clock.now()), log);
+      writer.committed(done);
+      options.onTransitioned(done);
+      const doneById = new Map(done.map((change) => [change.id, change]));
+      return batch.map((transition) =>
+        byId.get(transition.id) === transition ? doneById.get(transition.id) : undefined,
+      );
+    },
+  });
+
   async function find(caller: AllocationCaller, id: string): Promise<AllocationRow> {
     const rows = await sql<AllocationRow[]>`
       select ${allocationColumns(sql)}
@@ -163,10 +179,7 @@ export function createAllocationService(options: AllocationServiceOptions): Allo
         const row = await find(caller, id);
         const transition = releaseOf(row, caller);
         if (transition === undefined) return presentAllocation(row);
-        const done = await retryDeadlocks(() => writer.write(sql, [transition], clock.now()), log);
-        if (done.length === 0) continue;
-        writer.committed(done);
-        options.onTransitioned(done);
+        if ((await releases.submit(transition)) === undefined) continue;
         return presentAllocation(await find(caller, id));
       }
       throw new PlatformError({
