@@ -185,6 +185,7 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
     hostname: hostname(),
     agentVersion,
     allocationOf,
+    conditions: () => reconciler.conditions(),
     connected: () => session.connected(),
   });
   if (config.PALEBLUEDOT_METRICS_PORT !== undefined) {

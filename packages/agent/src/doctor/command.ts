@@ -1,6 +1,7 @@
 import type { Command } from "commander";
 import { errorMessage } from "@palebluedot/shared/errors.ts";
 import { createLogger } from "@palebluedot/shared/logger.ts";
+import { packagedSettingsFile, settings, type Environment } from "./settings.ts";
 import { checks, type CheckResult, type DoctorOptions } from "./checks.ts";
 
 /** Runs every check at once. One that fails by itself is a failed check, not a failed doctor. */
@@ -23,8 +24,10 @@ export function registerDoctorCommand(program: Command): void {
     .command("doctor")
     .description("print what works and what is missing on this host, with remedies")
     .option("--json", "print a JSON document")
-    .action(async (flags: { readonly json?: boolean }) => {
-      const results = await runDoctor(doctorOptionsFromEnvironment(process.env));
+    .option("--env-file <path>", "settings that are not in the environment", packagedSettingsFile)
+    .action(async (flags: { readonly json?: boolean; readonly envFile: string }) => {
+      const { env, findings } = await settings(process.env, flags.envFile);
+      const results = [...findings, ...(await runDoctor(doctorOptionsFromEnvironment(env)))];
       const bad = results.some((result) => result.status === "failed");
       process.stdout.write(
         flags.json === true
@@ -36,7 +39,7 @@ export function registerDoctorCommand(program: Command): void {
 }
 
 /** The same variables as `run`; unlike there nothing is required, because doctor comes before enrolment. */
-function doctorOptionsFromEnvironment(env: Readonly<Record<string, string | undefined>>): DoctorOptions {
+export function doctorOptionsFromEnvironment(env: Environment): DoctorOptions {
   return {
     nvidiaSmiPath: env["PALEBLUEDOT_NVIDIA_SMI"] ?? "nvidia-smi",
     kernelLogPath: env["PALEBLUEDOT_KERNEL_LOG"] ?? "/dev/kmsg",

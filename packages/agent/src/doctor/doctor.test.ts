@@ -2,11 +2,14 @@ import { chmodSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:f
 import { createServer, type Server } from "node:http";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { execa } from "execa";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import type { AddressInfo } from "node:net";
 import { createLogger } from "@palebluedot/shared/logger.ts";
 import type { CheckResult, DoctorOptions } from "./checks.ts";
-import { runDoctor } from "./command.ts";
+import { doctorOptionsFromEnvironment, runDoctor } from "./command.ts";
+import { settings } from "./settings.ts";
 
 let dir: string;
 const servers: Server[] = [];
@@ -58,6 +61,44 @@ async function engine(info: object): Promise<string> {
 function find(results: readonly CheckResult[], check: string): CheckResult | undefined {
   return results.find((result) => result.check === check);
 }
+
+const settingsFile = (text: string): string => {
+  writeFileSync(join(dir, "agent.env"), text);
+  return join(dir, "agent.env");
+};
+
+describe("the packaged host's settings", () => {
+  it("are read as systemd reads them, and what is set wins", async () => {
+    const path = settingsFile(
+      '# a comment\nPALEBLUEDOT_CONTROLLER=controller.example:8443\nPALEBLUEDOT_CA_FINGERPRINT=\nPALEBLUEDOT_NVIDIA_SMI="/opt/a b/nvidia-smi"\nPALEBLUEDOT_DATA_DIR=/from/file\n',
+    );
+    const { env, findings } = await settings({ PALEBLUEDOT_DATA_DIR: dir }, path);
+    expect(findings).toEqual([]);
+    expect(env["PALEBLUEDOT_CA_FINGERPRINT"]).toBeUndefined();
+    expect(doctorOptionsFromEnvironment(env)).toMatchObject({
+      controller: "controller.example:8443",
+      nvidiaSmiPath: "/opt/a b/nvidia-smi",
+      dataDir: dir,
+    });
+  });
+
+  it("may be absent, but not unreadable without a word", async () => {
+    expect(await settings({ A: "1" }, join(dir, "none"))).toEqual({ env: { A: "1" }, findings: [] });
+    const { findings } = await settings({}, dir);
+    expect(findings).toMatchObject([{ check: "settings", status: "warning" }]);
+  });
+
+  it("reach the checks of the command", async () => {
+    const path = settingsFile("PALEBLUEDOT_CONTROLLER=127.0.0.1:1\n");
+    const { stdout } = await execa(
+      process.execPath,
+      [fileURLToPath(new URL("../main.ts", import.meta.url)), "doctor", "--json", "--env-file", path],
+      { env: { PALEBLUEDOT_DATA_DIR: dir }, reject: false, timeout: 60_000 },
+    );
+    const { checks } = JSON.parse(stdout) as { checks: CheckResult[] };
+    expect(find(checks, "controller")?.message).toContain("127.0.0.1:1");
+  });
+});
 
 describe("doctor", () => {
   it("has a remedy for everything that is missing", async () => {

@@ -178,6 +178,15 @@ describe("the metrics server", () => {
       clock: { ...systemClock, now: () => now },
       hostname: "node-7",
       agentVersion: "0.1.0",
+      conditions: () => [
+        {
+          component: "container-engine",
+          status: Condition_Status.FAILED,
+          reason: "unreachable",
+          message: "",
+          sinceUnixMs: 0,
+        },
+      ],
       connected: () => true,
     });
   });
@@ -211,6 +220,9 @@ describe("the metrics server", () => {
     expect(text).toContain("DCGM_FI_DEV_GPU_TEMP{");
     expect(text).toContain(
       'palebluedot_agent_condition{component="gpu-3",status="failed",reason="xid-79"} 1',
+    );
+    expect(text).toContain(
+      'palebluedot_agent_condition{component="container-engine",status="failed",reason="unreachable"} 1',
     );
     expect(text).toMatch(/^palebluedot_agent_resident_memory_bytes \d+$/m);
     expect(text).toContain("palebluedot_agent_nvidia_smi_restarts 2");

@@ -1,5 +1,8 @@
 import { Counter, Gauge, Registry } from "prom-client";
-import { Condition_Status } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
+import {
+  Condition_Status,
+  type Condition,
+} from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { Clock } from "@palebluedot/shared/clock.ts";
 import type { GpuMonitorWithReadings } from "../gpu/monitor.ts";
 import { renderGpuSeries, type AllocationLabels } from "./gpu-series.ts";
@@ -12,6 +15,8 @@ export interface MetricsOptions {
   readonly clock: Clock;
   readonly hostname: string;
   readonly agentVersion: string;
+  /** Conditions beside the monitor's: the container engine's. */
+  readonly conditions?: (() => readonly Condition[]) | undefined;
   /** Who holds a GPU now; undefined: nobody. */
   readonly allocationOf?: ((gpuUuid: string) => AllocationLabels | undefined) | undefined;
   /** Whether the control stream is up; undefined: not told. */
@@ -80,7 +85,7 @@ export function createMetrics(options: MetricsOptions): AgentMetrics {
     render: async () => {
       const snapshot = monitor.snapshot();
       condition.reset();
-      for (const one of snapshot.conditions) {
+      for (const one of [...snapshot.conditions, ...(options.conditions?.() ?? [])]) {
         const status = statusWord(one.status);
         condition.set({ component: one.component, status, reason: one.reason }, 1);
       }
