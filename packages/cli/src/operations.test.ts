@@ -31,6 +31,12 @@ describe("operating servers, GPUs and tokens", () => {
       { public_key_sha256: "ab".repeat(32), reason: "not ours" },
       "refused",
     ],
+    [
+      ["servers", "retire", "gpu-0", "--abandon", "--reason", "burnt"],
+      `POST /api/v1/servers/${id}/retire`,
+      { reason: "burnt", abandon_allocations: true },
+      "gpu-0 is retired",
+    ],
     [["servers", "retire", "gpu-0"], `POST /api/v1/servers/${id}/retire`, {}, "gpu-0 is retired"],
     [
       ["servers", "revoke-certificates", "gpu-0", "--reason", "stolen"],
@@ -77,6 +83,7 @@ describe("operating servers, GPUs and tokens", () => {
 
   test("a server that is in use is not retired", async () => {
     addServers(1);
+    expect((await run(["servers", "retire", "gpu-0", "--abandon"])).code).toBe(2);
     Object.assign(api.servers[0] ?? {}, { gpu_claimed_count: 2 });
     const refused = await run(["servers", "retire", "gpu-0"]);
     expect(refused).toMatchObject({ code: 5, out: "" });

@@ -5,6 +5,8 @@ import type { Logger } from "@palebluedot/shared/logger.ts";
 import { createSecretBox } from "@palebluedot/shared/secret-box.ts";
 import { collectDefaultMetrics, Registry } from "prom-client";
 import { createAllocationFeature } from "./allocations/feature.ts";
+import { allocationMetrics } from "./allocations/metrics.ts";
+import { countOverdueJob } from "./allocations/overdue-count.ts";
 import type { ControllerConfig } from "./config/config.ts";
 import { loadReplicaId, loadSecretKey, prepareDataDirectory, writeWhole } from "./config/data-directory.ts";
 import { migrate } from "./db/migrate.ts";
@@ -135,7 +137,11 @@ async function startParts(
   stoppers.push(["allocations", () => allocations.stop()]);
 
   const periodic = createPeriodicJobs({
-    jobs: [...createHousekeepingJobs(sql), eventRetentionJob(config, events)],
+    jobs: [
+      ...createHousekeepingJobs(sql),
+      eventRetentionJob(config, events),
+      countOverdueJob(sql, allocationMetrics(metrics), () => systemClock.now()),
+    ],
     leadership,
     log,
   });
@@ -198,7 +204,9 @@ async function startParts(
     admin_token_file: adminTokenPath(dataDir),
   };
   await writeWhole(join(dataDir, "controller.json"), `${JSON.stringify(addresses, null, 2)}\n`, 0o644);
-  log.info({ ...addresses, incarnation, replica_id: replicaId }, "ready");
+  // The logger names the process already.
+  const { pid: _pid, ...reachedAt } = addresses;
+  log.info({ ...reachedAt, incarnation, replica_id: replicaId }, "ready");
   return addresses;
 }
 

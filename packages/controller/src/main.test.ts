@@ -101,6 +101,11 @@ afterAll(() => {
   rmSync(dir, { recursive: true, force: true });
 });
 
+const incarnationSchema = z.object({ previous_incarnation: z.uuid(), incarnation: z.uuid() });
+
+/** A flat JSON object written again from what was parsed is as long as it was: nothing was said twice. */
+const hasEachKeyOnce = (line: string): boolean => JSON.stringify(JSON.parse(line)).length === line.length;
+
 describe("palebluedot-controller", () => {
   test("starts from nothing, says where it is, and stops when it is told to", async () => {
     const controller = await start();
@@ -132,6 +137,7 @@ describe("palebluedot-controller", () => {
     expect((times[1] ?? Infinity) - (times[0] ?? 0)).toBeLessThan(9000);
     expect(stdout.trimEnd().split("\n")).toHaveLength(1);
     expect(isAlive(postmaster)).toBe(false);
+    for (const line of stderr.trimEnd().split("\n")) expect(line).toSatisfy(hasEachKeyOnce);
   });
 
   test("killed with -9 it comes back with its tokens and identity", async () => {
@@ -142,6 +148,23 @@ describe("palebluedot-controller", () => {
     const second = await start();
     expect(second.addresses.ca_fingerprint).toBe(ca_fingerprint);
     expect((await second.call("/api/v1/whoami")).status).toBe(200);
+  });
+
+  test("a new incarnation is refused beside a running controller, and sticks when it has stopped", async () => {
+    const controller = await start();
+    const refused = await launch(["new-incarnation"]).finished;
+    expect(refused).toMatchObject({ code: 1, stdout: "" });
+    expect(refused.stderr).toContain("[controller-running]");
+    controller.child.kill("SIGTERM");
+    await controller.finished;
+    const made: { previous_incarnation: string; incarnation: string }[] = [];
+    for (let round = 0; round < 2; round += 1) {
+      const { code, stdout, stderr } = await launch(["new-incarnation"]).finished;
+      expect(code, stderr).toBe(0);
+      made.push(incarnationSchema.parse(JSON.parse(stdout)));
+    }
+    expect(made[1]?.previous_incarnation).toBe(made[0]?.incarnation);
+    expect(made[1]?.incarnation).not.toBe(made[0]?.incarnation);
   });
 
   test("the admin token is reset beside a running controller, which takes it at once", async () => {
@@ -206,6 +229,8 @@ describe("palebluedot-controller", () => {
   test("migrate brings the schema up and ends", async () => {
     const { code, stdout } = await launch(["migrate"], { PALEBLUEDOT_DATA_DIR: join(dir, "third") }).finished;
     expect(code).toBe(0);
-    expect(JSON.parse(stdout)).toMatchObject({ applied: ["0001_initial.sql"] });
+    expect(JSON.parse(stdout)).toMatchObject({
+      applied: ["0001_initial.sql", "0002_output_tail.sql"],
+    });
   });
 });

@@ -7,6 +7,7 @@ import type { ControllerConfig } from "./config/config.ts";
 import { prepareDataDirectory } from "./config/data-directory.ts";
 import { loadConfig } from "./config/load.ts";
 import { startController } from "./controller.ts";
+import { renewIncarnation } from "./db/incarnation.ts";
 import { migrate } from "./db/migrate.ts";
 import { createNotifications } from "./db/notifications.ts";
 import { openDatabase } from "./db/open.ts";
@@ -66,6 +67,19 @@ async function runMigrate(): Promise<void> {
   }
 }
 
+async function newIncarnation(flags: { readonly force?: boolean }): Promise<void> {
+  const { config, log } = configured();
+  await prepareDataDirectory(config.PALEBLUEDOT_DATA_DIR);
+  const database = await openDatabase(config, log, { command: true });
+  try {
+    await migrate(database.sql, { log });
+    const { previous, incarnation } = await renewIncarnation(database.sql, { force: flags.force === true });
+    print({ previous_incarnation: previous, incarnation });
+  } finally {
+    await database.close();
+  }
+}
+
 async function resetAdminToken(): Promise<void> {
   const { config, log } = configured();
   await prepareDataDirectory(config.PALEBLUEDOT_DATA_DIR);
@@ -104,6 +118,11 @@ program
   .description("run until SIGTERM; prints one JSON line when it is ready")
   .action(run);
 program.command("migrate").description("bring the database's schema up to date and end").action(runMigrate);
+program
+  .command("new-incarnation")
+  .description("after a restore from a backup: tell agents that the database begins a new history")
+  .option("--force", "also while a controller's lease on the database has not run out")
+  .action(newIncarnation);
 program
   .command("admin-token")
   .description("the installation's first admin token")

@@ -96,7 +96,7 @@ export function createSmiRunner(options: SmiRunnerOptions): SmiRunner {
     child.unref();
     child.stdout?.destroy();
     child.stderr?.destroy();
-    log.error({ pid: child.pid, kind }, "nvidia-smi cannot be killed; abandoned");
+    log.error({ child_pid: child.pid, kind }, "nvidia-smi cannot be killed; abandoned");
     return false;
   };
 

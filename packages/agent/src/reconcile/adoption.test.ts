@@ -9,6 +9,13 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } fr
 import { forever, startEngineFixture } from "./testing/engine-fixture.ts";
 import { createStand, document, eventually, workload, type Stand } from "./testing/stand.ts";
 
+const wanted = (incarnation: string, generation: number, names: readonly string[]) =>
+  document(
+    generation,
+    names.map((name) => workload(name, forever)),
+    { incarnation },
+  );
+
 const fixture = await startEngineFixture();
 
 describe.skipIf(fixture.why !== "")(
@@ -61,6 +68,27 @@ describe.skipIf(fixture.why !== "")(
       await stand.phase("long", "CLEAN");
       await stand.phase("next", "RUNNING");
       expect(stand.reconciler.held()).toEqual({ incarnation: "incarnation-2", generation: 1 });
+    });
+
+    test("a restored controller and another enrolment begin a new order of generations", async () => {
+      const { reconciler } = stand;
+      await stand.restart();
+      const held = () => stand.reconciler.held();
+      await stand.reconciler.setDesired(wanted("before", 7, ["old"]), "server-1");
+      await stand.phase("old", "RUNNING");
+      await stand.reconciler.setDesired(wanted("before", 3, []), "server-1");
+      expect(held()).toEqual({ incarnation: "before", generation: 7 });
+      await stand.reconciler.setDesired(wanted("after", 3, ["old"]), "server-1");
+      expect(held()).toEqual({ incarnation: "after", generation: 3 });
+      // Over a restart, too: whose document it is was stored with it.
+      await stand.restart();
+      expect(stand.reconciler).not.toBe(reconciler);
+      await stand.reconciler.setDesired(wanted("after", 0, []), "server-1");
+      expect(held()).toEqual({ incarnation: "after", generation: 3 });
+      await stand.phase("old", "RUNNING");
+      await stand.reconciler.setDesired(wanted("after", 0, []), "server-2");
+      expect(held()).toEqual({ incarnation: "after", generation: 0 });
+      await eventually("removed", async () => ((await fixture.containers()).length === 0 ? true : undefined));
     });
 
     test("what nobody wants is removed, but only once a document is held, and never what is another's", async () => {

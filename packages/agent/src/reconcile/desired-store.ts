@@ -11,11 +11,17 @@ import { writeFileAtomic } from "./atomic-file.ts";
 /** The last desired document, on disk. It holds tenants' secrets, so the whole of it is encrypted. */
 export interface DesiredStore {
   /** Undefined when none is held, or when it cannot be read (logged): the controller then sends it again. */
-  load(): Promise<DesiredState | undefined>;
-  save(desired: DesiredState): Promise<void>;
+  load(): Promise<StoredDesired | undefined>;
+  save(stored: StoredDesired): Promise<void>;
 }
 
-const fileSchema = z.object({ version: z.literal(1), sealed: z.base64() });
+export interface StoredDesired {
+  readonly desired: DesiredState;
+  /** Whose document it is; undefined when that was not told. */
+  readonly serverId: string | undefined;
+}
+
+const fileSchema = z.object({ version: z.literal(1), sealed: z.base64(), server_id: z.string().optional() });
 const context = "palebluedot/agent/desired-state";
 
 async function readOrUndefined(path: string): Promise<string | undefined> {
@@ -52,8 +58,8 @@ export async function createDesiredStore(dataDir: string, log: Logger): Promise<
       const text = await readOrUndefined(path);
       if (text === undefined) return undefined;
       try {
-        const { sealed } = fileSchema.parse(JSON.parse(text));
-        return DesiredState.decode(box.open(Buffer.from(sealed, "base64"), context));
+        const { sealed, server_id: serverId } = fileSchema.parse(JSON.parse(text));
+        return { desired: DesiredState.decode(box.open(Buffer.from(sealed, "base64"), context)), serverId };
       } catch (error) {
         log.error(
           { path, reason: errorMessage(error) },
@@ -62,10 +68,10 @@ export async function createDesiredStore(dataDir: string, log: Logger): Promise<
         return undefined;
       }
     },
-    async save(desired) {
+    async save({ desired, serverId }) {
       const sealed = box.seal(DesiredState.encode(desired).finish(), context).toString("base64");
       try {
-        await writeFileAtomic(path, `${JSON.stringify({ version: 1, sealed })}\n`);
+        await writeFileAtomic(path, `${JSON.stringify({ version: 1, sealed, server_id: serverId })}\n`);
       } catch (cause) {
         throw new PlatformError({
           code: "desired-state-not-stored",

@@ -92,7 +92,7 @@ export function createEngineWatch(options: EngineWatchOptions): EngineWatch {
     if (beginAnew) throw new Error("asked to begin anew");
     facts = fresh;
     lastFacts = fresh;
-    log.info({ ...fresh.engine }, "container engine answers");
+    log.info({ engine: fresh.engine }, "container engine answers");
     report(Condition_Status.OK, "", "");
     options.onReady();
   }

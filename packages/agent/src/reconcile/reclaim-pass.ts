@@ -2,6 +2,7 @@ import { errorMessage, isPlatformError } from "@palebluedot/shared/errors.ts";
 import { WorkloadObserved_Phase as Phase } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { labelNames, readLabels } from "../containers/create-request.ts";
 import { safeNamePattern } from "../containers/volumes.ts";
+import { readOutputTail } from "./output-tail.ts";
 import { again, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
 
 /** A reading of the GPUs that takes longer is no reading. */
@@ -31,6 +32,9 @@ export async function reclaimPass(state: WorkloadState, context: WorkloadContext
           context.log.warn({ allocationId, reason: errorMessage(error) }, "stop refused, removing by force");
         }
       }
+      // An end that was kept already is complete: the container has not run since.
+      const kept = container.state === "running" ? undefined : state.observed.outputTail;
+      state.report({ outputTail: kept ?? (await readOutputTail(context, container.id)) });
       await client.remove(container.id);
     }
     // Seen gone, not assumed gone.
@@ -97,8 +101,6 @@ function clean(state: WorkloadState, context: WorkloadContext): Next {
     reason: "",
     message: "",
     containerId: "",
-    exitCode: undefined,
-    oomKilled: false,
     ports: [],
     holders: [],
   });

@@ -6,10 +6,11 @@ import {
   LogChunk_Stream,
   WorkloadDesired_Target,
   WorkloadObserved_Phase as Phase,
+  ObservedState,
   type DesiredState,
   type LogChunk,
-  type ObservedState,
   type WorkloadDesired,
+  type WorkloadObserved,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { labelNames, readLabels } from "../containers/create-request.ts";
 import { createContainerEngineClient, type ContainerEngineClient } from "../containers/engine.ts";
@@ -37,6 +38,8 @@ const defaultTimings: Required<ReconcilerTimings> = {
 
 /** More would be a fault of the controller: no host runs that many tenants. */
 const maxWorkloads = 1024;
+/** A message may have 4 MiB. */
+const maxTailBytes = 1024 * 1024;
 const defaultSocket = "unix:///var/run/docker.sock";
 
 async function loadOwnerId(dataDir: string): Promise<string> {
@@ -104,20 +107,29 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
   const observedListeners = new Set<(observed: ObservedState) => void>();
   const eventListeners = new Set<(event: WorkloadEvent) => void>();
   let desired: DesiredState | undefined;
+  /** As which server this host was told so. */
+  let desiredFor: string | undefined;
   let started: Started | undefined;
   let stopped = false;
   let telling: NodeJS.Timeout | undefined;
-  let lastTold = "";
+  let lastTold: Buffer | undefined;
   /** Documents are taken one after the other. */
   let accepting: Promise<void> = Promise.resolve();
 
   function observed(): ObservedState {
+    let tailBytes = 0;
+    /** Ends of output are told as far as the message stays small; the picture itself always is. */
+    const bounded = (workload: WorkloadObserved): WorkloadObserved => {
+      tailBytes += workload.outputTail?.length ?? 0;
+      return tailBytes <= maxTailBytes ? workload : { ...workload, outputTail: undefined };
+    };
     return {
       incarnation: desired?.incarnation ?? "",
       generation: desired?.generation ?? 0,
-      workloads: (desired?.workloads ?? []).flatMap(
-        (workload) => workloads.get(workload.allocationId)?.observed() ?? [],
-      ),
+      workloads: (desired?.workloads ?? []).flatMap((workload) => {
+        const picture = workloads.get(workload.allocationId)?.observed();
+        return picture === undefined ? [] : bounded(picture);
+      }),
       conditions: started ? [started.watch.condition()] : [],
     };
   }
@@ -128,9 +140,9 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       telling = undefined;
       if (stopped) return;
       const picture = observed();
-      const text = JSON.stringify(picture);
-      if (text === lastTold) return;
-      lastTold = text;
+      const encoded = Buffer.from(ObservedState.encode(picture).finish());
+      if (lastTold?.equals(encoded) === true) return;
+      lastTold = encoded;
       for (const listener of observedListeners) listener(picture);
     }, 10);
   }
@@ -246,18 +258,23 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
     }
   }
 
-  async function accept(document: DesiredState): Promise<void> {
+  async function accept(document: DesiredState, serverId: string | undefined): Promise<void> {
     const { store, watch } = parts();
-    if (desired?.incarnation === document.incarnation && document.generation < desired.generation) {
+    // A host that enrolled anew is another server, whose generations begin at 0.
+    const sameServer = serverId === undefined || desiredFor === undefined || serverId === desiredFor;
+    const sameOrder = sameServer && desired?.incarnation === document.incarnation;
+    if (sameOrder && desired !== undefined && document.generation < desired.generation) {
       log.warn(
         { held: desired.generation, offered: document.generation },
         "a lower generation of the desired state was ignored",
       );
       return;
     }
-    await store.save(validated(document));
+    const validDocument = validated(document);
+    await store.save({ desired: validDocument, serverId: serverId ?? desiredFor });
     const first = desired === undefined;
     desired = document;
+    desiredFor = serverId ?? desiredFor;
     // Without a document no running container was looked at: that comes before anything is started.
     if (first) watch.begin();
     apply(document);
@@ -338,7 +355,9 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         onChanged: changed,
       });
       started = { store, context, watch };
-      desired = await store.load();
+      const stored = await store.load();
+      desired = stored?.desired;
+      desiredFor = stored?.serverId;
       if (desired) apply(desired);
       await watch.start();
     },
@@ -356,8 +375,8 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       }
       client.close();
     },
-    setDesired(document) {
-      const taken = accepting.then(() => accept(document));
+    setDesired(document, serverId) {
+      const taken = accepting.then(() => accept(document, serverId));
       accepting = taken.catch(() => undefined);
       return taken;
     },

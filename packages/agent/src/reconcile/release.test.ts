@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { WorkloadObserved_Phase as Phase } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import { forever, script, startEngineFixture } from "./testing/engine-fixture.ts";
-import { document, eventually, workload, type Stand } from "./testing/stand.ts";
+import { document, eventually, output, workload, type Stand } from "./testing/stand.ts";
 
 const fixture = await startEngineFixture();
 
@@ -57,6 +57,34 @@ describe.skipIf(fixture.why !== "")(`release on a real Docker Engine${fixture.wh
     expect(stand.events.map(({ type }) => type)).toEqual(
       expect.arrayContaining(["workload.dirty", "workload.clean"]),
     );
+  });
+
+  test("the end of the output is kept, of a container that ended and of one that is stopped", async () => {
+    await stand.restart();
+    const ends = script(
+      "head -c 100000 /dev/zero | tr '\\0' x; echo; sleep 0.2; echo problem >&2; sleep 0.2; echo hello; exit 3",
+    );
+    const runs = script("echo begun; trap 'echo bye; exit 0' TERM; while :; do sleep 0.1; done");
+    await stand.reconciler.setDesired(document(1, [workload("ends", ends), workload("runs", runs)]));
+    const exited = await stand.phase("ends", "EXITED");
+    expect(exited).toMatchObject({ exitCode: 3 });
+    expect(exited.outputTail?.length).toBe(16 * 1024);
+    expect(exited.outputTail?.toString()).toMatch(/x\nproblem\nhello\n$/);
+    expect((await stand.phase("runs", "RUNNING")).outputTail).toBeUndefined();
+    await eventually("it wrote", async () =>
+      (await output(stand.reconciler, "runs")).includes("begun") ? true : undefined,
+    );
+    await stand.reconciler.setDesired(
+      document(2, [workload("ends", ends, { reclaimed: true }), workload("runs", runs, { reclaimed: true })]),
+    );
+    expect(await stand.phase("ends", "CLEAN")).toMatchObject({ exitCode: 3, outputTail: exited.outputTail });
+    expect((await stand.phase("runs", "CLEAN")).outputTail?.toString()).toBe("begun\nbye\n");
+    // Wanted again, it has written nothing yet.
+    await stand.reconciler.setDesired(document(3, [workload("ends", forever)]));
+    expect(await stand.phase("ends", "RUNNING")).toMatchObject({
+      exitCode: undefined,
+      outputTail: undefined,
+    });
   });
 
   test("a GPU that is not clean stays held over a restart of the agent; who only waited for it gives nothing back", async () => {

@@ -18,6 +18,7 @@ import {
 } from "../containers/create-request.ts";
 import type { ImageFacts, InspectedContainer } from "../containers/engine.ts";
 import { checkPolicy } from "../containers/policy.ts";
+import { readOutputTail } from "./output-tail.ts";
 import { again, settled, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
 import type { EngineFacts } from "./engine-watch.ts";
 
@@ -131,6 +132,7 @@ async function handleExisting(
         startedAtUnixMs,
         exitCode: undefined,
         oomKilled: false,
+        outputTail: undefined,
         ports: publishedPorts(container),
         restartCount: state.record.restartCount,
       });
@@ -205,7 +207,9 @@ async function handleExit(
     restartCount: state.record.restartCount,
   };
   if (!wantsRestart(state, spec, exitCode)) {
-    state.report({ ...common, phase: Phase.EXITED });
+    const told = state.observed.phase === Phase.EXITED && state.observed.outputTail !== undefined;
+    const outputTail = told ? state.observed.outputTail : await readOutputTail(context, container.Id);
+    state.report({ ...common, phase: Phase.EXITED, outputTail });
     return settled;
   }
   if (state.restartDue?.exit !== finishedAt) {

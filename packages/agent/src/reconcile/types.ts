@@ -22,8 +22,11 @@ export interface Reconciler {
   start(): Promise<void>;
   /** Ends the loop; containers keep running. */
   stop(): Promise<void>;
-  /** Journals the document on disk, then converges. Within one incarnation a lower generation is ignored. */
-  setDesired(desired: DesiredState): Promise<void>;
+  /**
+   * Journals the document on disk, then converges. Within one incarnation a lower generation for the same server
+   * is ignored. Without a server's id it is taken for the same one's.
+   */
+  setDesired(desired: DesiredState, serverId?: string): Promise<void>;
   /** Incarnation and generation held on disk: "" and 0 when none. */
   held(): { readonly incarnation: string; readonly generation: number };
   observed(): ObservedState;

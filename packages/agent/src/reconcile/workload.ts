@@ -72,7 +72,8 @@ export function createWorkload(options: {
     restartDue: undefined,
     report(change) {
       const next = { ...state.observed, ...change };
-      if (JSON.stringify(next) === JSON.stringify(state.observed)) return;
+      const encoded = Buffer.from(WorkloadObserved.encode(next).finish());
+      if (encoded.equals(WorkloadObserved.encode(state.observed).finish())) return;
       if (next.phase !== state.observed.phase) {
         context.log.info(
           {
@@ -86,7 +87,7 @@ export function createWorkload(options: {
       }
       state.observed = next;
       state.remember({
-        observed: Buffer.from(WorkloadObserved.encode(next).finish()).toString("base64"),
+        observed: encoded.toString("base64"),
       });
       options.onChanged();
     },
@@ -181,7 +182,14 @@ export function createWorkload(options: {
       if (!reclaimed && state.observed.phase === Phase.CLEAN) {
         // Wanted again after it was reclaimed: it begins anew.
         state.remember(emptyRecord(hash, state.record.gpuUuids));
-        state.report({ phase: Phase.ACCEPTED, startedAtUnixMs: 0, restartCount: 0 });
+        state.report({
+          phase: Phase.ACCEPTED,
+          startedAtUnixMs: 0,
+          restartCount: 0,
+          exitCode: undefined,
+          oomKilled: false,
+          outputTail: undefined,
+        });
       }
       pass.abort(new Error("the desired state changed"));
       kick();

@@ -70,6 +70,8 @@ export function createSession(options: SessionOptions): Session {
   let endCurrent: (() => void) | undefined;
   let applying: Promise<void> | undefined;
   let nextDesired: DesiredState | undefined;
+  /** The last welcome's. */
+  let serverId: string | undefined;
   let logStreams = 0;
 
   /** One document at a time; of those that wait only the newest counts. */
@@ -81,7 +83,7 @@ export function createSession(options: SessionOptions): Session {
         const document: DesiredState = nextDesired;
         nextDesired = undefined;
         try {
-          await reconciler.setDesired(document);
+          await reconciler.setDesired(document, serverId);
         } catch (error) {
           log.error(
             { err: errorMessage(error) },
@@ -238,6 +240,7 @@ export function createSession(options: SessionOptions): Session {
 
   function welcome(message: Welcome, stream: ClientDuplexStream<SessionRequest, SessionResponse>): void {
     log.info({ server_id: message.serverId, epoch: message.sessionEpoch }, "connected to the controller");
+    serverId = message.serverId;
     options.enrolment.controllerTime(message.controllerTimeUnixMs);
     options.onWelcome?.(message);
     forget(message.lastEventSequence);

@@ -102,12 +102,16 @@ export const serversRetire = defineCommand({
     reasonOption,
     {
       flags: "--abandon",
-      description: "end the allocations of a server that is unreachable and will not come back; needs --reason",
+      description:
+        "end the allocations of a server that is unreachable and will not come back; needs --reason",
     },
   ],
   input: z
     .object({ server: z.string(), reason, abandon: z.boolean().default(false) })
-    .refine((input) => !input.abandon || input.reason !== undefined, "--abandon needs --reason: tenants read it"),
+    .refine(
+      (input) => !input.abandon || input.reason !== undefined,
+      "--abandon needs --reason: tenants read it",
+    ),
   async run(context, input) {
     await act(
       context,

@@ -16,6 +16,8 @@ import {
   type SeededServer,
   type TestFeature,
 } from "./testing.ts";
+import { allocationMetrics } from "./metrics.ts";
+import { countOverdue } from "./overdue-count.ts";
 import type { AllocationCaller } from "./types.ts";
 
 let database: TestDatabase;
@@ -196,6 +198,49 @@ describe("the life of an allocation", () => {
     });
   });
 
+  test("how it ended and the end of its output outlive the container", async () => {
+    const { id, serverId } = await scheduled();
+    const outputTail = Buffer.from("hello\n");
+    const exited = workloadReport(id, WorkloadObserved_Phase.EXITED, { exitCode: 3, outputTail });
+    await observe(serverId, exited);
+    await observe(serverId, exited);
+    expect(await feature.service.get(caller, id)).toMatchObject({ state: "releasing", end_reason: "failed" });
+    // An agent of an earlier release forgets both when it cleans up.
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.VERIFYING));
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.CLEAN));
+    const ended = await feature.service.get(caller, id);
+    expect(ended).toMatchObject({ state: "ended", observed: { phase: "clean", exit_code: 3 } });
+    expect(JSON.stringify(ended)).not.toContain("output_tail");
+    expect(await feature.service.outputTail(caller, id)).toEqual(outputTail);
+    const other = { tenantId: await seedTenant(database.sql), actor: "token:other" };
+    await expect(feature.service.outputTail(other, id)).rejects.toMatchObject({
+      code: "allocation-not-found",
+    });
+  });
+
+  test("an agent's idea of a short output is not trusted", async () => {
+    const { id, serverId } = await scheduled();
+    const outputTail = Buffer.concat([Buffer.alloc(100_000, "a"), Buffer.from([0, 255]), Buffer.from("end")]);
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.EXITED, { exitCode: 0, outputTail }));
+    const kept = await feature.service.outputTail(caller, id);
+    expect(kept).toEqual(outputTail.subarray(-16 * 1024));
+  });
+
+  test("every event of its life says something", async () => {
+    const { id, serverId } = await scheduled();
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.RUNNING));
+    await feature.service.extend(caller, id, 60);
+    await feature.service.release(caller, id);
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.CLEAN));
+    const told = await database.sql<{ type: string; message: string }[]>`
+      select type, message from outbox where allocation_id = ${id}`;
+    expect(told.map(({ type }) => type.replace("allocation.", "")).sort()).toEqual(
+      ["queued", "scheduled", "active", "extended", "releasing", "ended"].sort(),
+    );
+    expect(told.filter(({ message }) => message === "")).toEqual([]);
+    expect((await feature.service.get(caller, id)).message).toBe("released");
+  });
+
   test("cancelled in the queue it never holds anything", async () => {
     const { allocation } = await feature.service.create(caller, testRequest());
     expect(await feature.service.release(caller, allocation.id)).toMatchObject({
@@ -303,6 +348,26 @@ describe("time", () => {
     expect((await eventTypes()).filter((type) => type === "allocation.overdue")).toHaveLength(3);
     expect(await feature.service.get(caller, id)).toMatchObject({ state: "releasing" });
     expect(await database.sql`select from claims where released_at is null`).toHaveLength(1);
+  });
+
+  test("what is overdue is counted by state, and no more when it is done", async () => {
+    const { id, serverId } = await scheduled();
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.RUNNING));
+    await feature.service.release(caller, id);
+    const { sql } = database;
+    const counted = async (): Promise<string[]> => {
+      await countOverdue(sql, allocationMetrics(feature.metrics), now);
+      const text = await feature.metrics.metrics();
+      return text
+        .split("\n")
+        .filter((line) => line.startsWith('palebluedot_allocations_overdue{state="releasing"'));
+    };
+    now += 9 * 60_000;
+    expect(await counted()).toEqual([`palebluedot_allocations_overdue{state="releasing"} 0`]);
+    now += 2 * 60_000;
+    expect(await counted()).toEqual([`palebluedot_allocations_overdue{state="releasing"} 1`]);
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.CLEAN));
+    expect(await counted()).toEqual([`palebluedot_allocations_overdue{state="releasing"} 0`]);
   });
 
   test("a lease longer than 30 days and the extension of an ended allocation are refused", async () => {

@@ -183,8 +183,8 @@ async function insertOnce(
       from accepted where key is null or id in (select allocation_id from keyed)
       returning id
     ), told as (
-      insert into outbox (id, type, tenant_id, allocation_id, actor, data, occurred_at)
-      select event_id, 'allocation.queued', tenant_id, id, actor,
+      insert into outbox (id, type, tenant_id, allocation_id, actor, message, data, occurred_at)
+      select event_id, 'allocation.queued', tenant_id, id, actor, 'asked for ' || (request -> 'gpus' ->> 'count') || ' GPU(s)',
         jsonb_build_object('to', 'queued', 'name', name, 'gpus', request -> 'gpus'), created_at
       from accepted where id in (select id from created)
     ), due as (

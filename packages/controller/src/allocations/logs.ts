@@ -1,5 +1,5 @@
 import type { Allocation } from "@palebluedot/shared/allocation-request.ts";
-import { PlatformError } from "@palebluedot/shared/errors.ts";
+import { isPlatformError, PlatformError } from "@palebluedot/shared/errors.ts";
 import { type LogChunk, LogChunk_Stream } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { HttpContext } from "../http/context.ts";
 import { asPlatformError } from "../http/problem.ts";
@@ -7,6 +7,8 @@ import { streamResponse } from "../http/streams.ts";
 
 export interface LogRequest {
   readonly allocation: Pick<Allocation, "id" | "state" | "server_id">;
+  /** What was kept of the output, for when the container is gone. */
+  readonly outputTail: () => Promise<Buffer | undefined>;
   readonly follow: boolean;
   /** 0: from the start */
   readonly tailLines: number;
@@ -32,8 +34,10 @@ export async function logResponse(
 ): Promise<Response> {
   const { allocation } = request;
   if (allocation.state === "ended") {
+    const kept = await request.outputTail();
+    if (kept !== undefined) return keptResponse(request, kept);
     throw noLogs(
-      "the allocation has ended, and its container and output were deleted with it",
+      "the allocation has ended, its container was deleted with it, and no output was kept",
       "Read logs while it is active, or send them elsewhere from inside the container.",
     );
   }
@@ -42,27 +46,32 @@ export async function logResponse(
   }
   const watch = context.identity.watch(request.tokenId);
   const clientGone = new AbortController();
-  const chunks = context.sessions.openLogs(
-    allocation.server_id,
-    {
-      allocationId: allocation.id,
-      follow: request.follow,
-      tailLines: request.tailLines,
-      sinceUnixMs: request.sinceUnixMs,
-      timestamps: request.timestamps,
-    },
-    AbortSignal.any([request.signal, watch.signal, clientGone.signal]),
-  );
-  const iterator = chunks[Symbol.asyncIterator]();
   const end = (): void => {
     watch.end();
     clientGone.abort();
   };
-  const first = iterator.next();
+  let iterator: AsyncIterator<LogChunk>;
+  let first: Promise<IteratorResult<LogChunk>>;
   try {
+    const chunks = context.sessions.openLogs(
+      allocation.server_id,
+      {
+        allocationId: allocation.id,
+        follow: request.follow,
+        tailLines: request.tailLines,
+        sinceUnixMs: request.sinceUnixMs,
+        timestamps: request.timestamps,
+      },
+      AbortSignal.any([request.signal, watch.signal, clientGone.signal]),
+    );
+    iterator = chunks[Symbol.asyncIterator]();
+    first = iterator.next();
     await settledWithin(first, refusalMs);
   } catch (error) {
     end();
+    const gone = isPlatformError(error) && ["workload-not-found", "agent-not-connected"].includes(error.code);
+    const kept = gone ? await request.outputTail() : undefined;
+    if (kept !== undefined) return keptResponse(request, kept);
     throw error;
   }
   return streamResponse<LogChunk>({
@@ -79,6 +88,36 @@ export async function logResponse(
       : {}),
     onEnd: end,
   });
+}
+
+/** The container is gone: what was kept of its output, marked as such. Times were not kept with it. */
+function keptResponse(request: LogRequest, kept: Buffer): Response {
+  const output = lastLines(kept, request.tailLines);
+  const body = request.asJson
+    ? `${JSON.stringify({ stream: "merged", data: output.toString("utf8") })}\n`
+    : new Uint8Array(output);
+  return new Response(body, {
+    headers: {
+      "content-type": request.asJson ? "application/x-ndjson" : "text/plain; charset=utf-8",
+      "cache-control": "no-store",
+      [outputKeptHeader]: "end",
+    },
+  });
+}
+
+/** Says that the answer is not all of the output but what was kept of its end. */
+export const outputKeptHeader = "palebluedot-output";
+
+function lastLines(output: Buffer, lines: number): Buffer {
+  if (lines === 0) return output;
+  let start = output.length;
+  // A line break at the very end ends the last line; it does not begin another.
+  if (output.at(-1) === 10) start -= 1;
+  for (let found = 0; found < lines; found += 1) {
+    start = start <= 0 ? -1 : output.lastIndexOf(10, start - 1);
+    if (start === -1) return output;
+  }
+  return output.subarray(start + 1);
 }
 
 async function settledWithin(promise: Promise<unknown>, ms: number): Promise<void> {

@@ -5,6 +5,7 @@ export interface AllocationMetrics {
   readonly stateSeconds: Histogram<"state">;
   readonly droppedReports: Counter<"reason">;
   readonly waiting: Gauge;
+  readonly overdue: Gauge<"state">;
   readonly batches: Counter<"outcome">;
   readonly batchSeconds: Histogram;
   readonly decisionSeconds: Histogram;
@@ -40,6 +41,12 @@ export function allocationMetrics(registry: Registry): AllocationMetrics {
     waiting: new Gauge({
       name: "palebluedot_scheduler_waiting_allocations",
       help: "Queued allocations that the leading scheduler knows",
+      registers,
+    }),
+    overdue: new Gauge({
+      name: "palebluedot_allocations_overdue",
+      help: "Allocations that have been in their state for longer than it may take, as the leading replica last counted",
+      labelNames: ["state"],
       registers,
     }),
     batches: new Counter({

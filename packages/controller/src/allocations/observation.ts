@@ -22,6 +22,8 @@ export interface Verdict {
   /** Set when it differs from what is stored and no transition carries it. */
   readonly observed?: ObservedWorkload;
   readonly message?: string;
+  /** The end of the container's output, when the report has it. */
+  readonly outputTail?: Buffer;
   /** Residue was found behind the tenant, which was not known before. */
   readonly dirty?: string;
 }
@@ -40,6 +42,7 @@ const phaseNames: Readonly<Record<number, string>> = {
 };
 
 const maxHolders = 64;
+const maxOutputTailBytes = 16 * 1024;
 const bounded = (text: string, max: number): string => storableText(text.slice(0, max));
 
 /** The report in the API's words, bounded: an agent is not trusted to be brief. */
@@ -96,7 +99,24 @@ const startableStates: readonly AllocationState[] = ["scheduled", "provisioning"
  * A report never brings an allocation back: once it is releasing only CLEAN counts.
  */
 export function judgeReport(allocation: ReportedAllocation, report: WorkloadObserved): Verdict {
-  const observed = observedWorkload(report);
+  const verdict = judgePhase(allocation, report);
+  const tail = report.outputTail;
+  if (tail === undefined || tail.length === 0) return verdict;
+  return { ...verdict, outputTail: tail.subarray(-maxOutputTailBytes) };
+}
+
+/** How the container ended stays known while what is left of it is cleared away, also from an agent that forgets. */
+function exitOf(allocation: ReportedAllocation): ObservedWorkload {
+  if (allocation.state !== "releasing") return {};
+  const { exit_code, oom_killed } = allocation.observed;
+  return {
+    ...(exit_code === undefined ? {} : { exit_code }),
+    ...(oom_killed === undefined ? {} : { oom_killed }),
+  };
+}
+
+function judgePhase(allocation: ReportedAllocation, report: WorkloadObserved): Verdict {
+  const observed = { ...exitOf(allocation), ...observedWorkload(report) };
   const changed = sameValue(observed, allocation.observed) ? undefined : observed;
   const unchangedState: Verdict = changed === undefined ? {} : { observed: changed };
   const to = (

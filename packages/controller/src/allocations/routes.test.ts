@@ -1,4 +1,5 @@
 import type { LogChunk } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
+import { PlatformError } from "@palebluedot/shared/errors.ts";
 import { uuidv7 } from "uuidv7";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { createTestApi, type TestApi } from "../http/testing.ts";
@@ -252,6 +253,40 @@ describe("logs", () => {
     const { id } = await placed();
     const answer = await api.call("GET", `/api/v1/allocations/${id}/logs`, { token: acme.token });
     expect(answer).toMatchObject({ status: 409, json: { code: "agent-not-connected" } });
+  });
+
+  test("of a container that is gone are what was kept, for its tenant and operators", async () => {
+    const { id, serverId } = await placed();
+    await api.deps
+      .sql`update allocations set output_tail = ${Buffer.from("one\ntwo\nthree\n")} where id = ${id}`;
+    const path = `/api/v1/allocations/${id}/logs`;
+    const kept = async (token: string, query = "") => {
+      const answer = await api.call("GET", `${path}${query}`, { token });
+      return [answer.status, answer.headers.get("palebluedot-output"), answer.json] as const;
+    };
+    // Its server is away; then there, without the container; then the allocation has ended.
+    expect(await kept(acme.token)).toEqual([200, "end", "one\ntwo\nthree\n"]);
+    api.logs.set(serverId, async function* () {
+      await Promise.reject(
+        new PlatformError({ code: "workload-not-found", kind: "not-found", message: "no container" }),
+      );
+      yield chunk(1, "");
+    });
+    expect(await kept(acme.token, "?tail=2")).toEqual([200, "end", "two\nthree\n"]);
+    await api.deps.sql`
+      update allocations set state = 'ended', end_reason = 'failed', ended_at = now() where id = ${id}`;
+    expect(await kept(operator, "?tail=7")).toEqual([200, "end", "one\ntwo\nthree\n"]);
+    const [foreign] = await kept(globex.token);
+    expect(foreign).toBe(404);
+    const json = await api.call("GET", path, {
+      token: acme.token,
+      headers: { accept: "application/x-ndjson" },
+    });
+    expect(JSON.parse(json.json as string)).toEqual({ stream: "merged", data: "one\ntwo\nthree\n" });
+    const list = await api.call("GET", "/api/v1/allocations", { token: acme.token });
+    expect(JSON.stringify(list.json)).not.toContain("output_tail");
+    await api.deps.sql`update allocations set output_tail = null where id = ${id}`;
+    expect(await kept(acme.token)).toMatchObject([409, null, { code: "logs-not-available" }]);
   });
 
   test("come as text, or as JSON lines with whole characters", async () => {

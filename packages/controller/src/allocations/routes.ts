@@ -230,7 +230,7 @@ export function allocationRoutes(context: HttpContext): Route[] {
       operationId: "streamAllocationLogs",
       summary: "Read or follow the container's output",
       description:
-        "As text (both streams as they came), or with `Accept: application/x-ndjson` one JSON object a line: {stream, data}.",
+        "As text (both streams as they came), or with `Accept: application/x-ndjson` one JSON object a line: {stream, data}. When the container is gone, the last 16 KiB that were kept of it for 30 days, with the header `Palebluedot-Output: end` (stream: merged); `since` and `timestamps` do nothing then.",
       tag,
       access: "allocations:read",
       params: idParams,
@@ -246,11 +246,12 @@ export function allocationRoutes(context: HttpContext): Route[] {
         timestamps: queryBoolean.default(false).openapi({ type: "boolean", default: false }),
       }),
       media: ["text/plain", "application/x-ndjson"],
-      problems: { 409: "It has no container now, or its server's agent is not connected" },
+      problems: { 409: "It has no container and no kept output, or its server's agent is not connected" },
       async handle({ params, query, principal, header, signal }) {
         const allocation = await allocations.get(callerOf(principal), params.id);
         return await logResponse(context, {
           allocation,
+          outputTail: () => allocations.outputTail(callerOf(principal), params.id),
           follow: query.follow,
           tailLines: query.tail ?? 0,
           sinceUnixMs: query.since === undefined ? 0 : Date.parse(query.since),

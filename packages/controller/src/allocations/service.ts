@@ -173,6 +173,14 @@ export function createAllocationService(options: AllocationServiceOptions): Allo
       return presentAllocation(await find(caller, id));
     },
 
+    async outputTail(caller, id) {
+      const [row] = await sql<{ output_tail: string | null }[]>`
+        select encode(output_tail, 'base64') as output_tail from allocations where id = ${id}
+          ${caller.tenantId === undefined ? sql`` : sql`and tenant_id = ${caller.tenantId}`}`;
+      if (row === undefined) throw notFound(id);
+      return row.output_tail === null ? undefined : Buffer.from(row.output_tail, "base64");
+    },
+
     async release(caller, id) {
       // It may change state between reading and writing: then it is read again.
       for (let attempt = 0; attempt < 8; attempt += 1) {
@@ -189,6 +197,38 @@ export function createAllocationService(options: AllocationServiceOptions): Allo
         message: `allocation ${id} changes its state faster than it can be released`,
         hint: "Try again.",
       });
+    },
+
+    async abandonOn(tx, serverId, why) {
+      const rows = await tx<{ id: string; state: AllocationState }[]>`
+        select id, state from allocations
+        where server_id = ${serverId} and state in ('scheduled', 'provisioning', 'active', 'releasing') order by id`;
+      const common = {
+        serverId,
+        actor: why.actor,
+        severity: "error" as const,
+        message: `its server was retired without a clean-up: ${why.reason}`,
+      };
+      const live = statesBefore("releasing");
+      const now = clock.now();
+      // Through releasing, as every path that held a claim.
+      const released = await writer.write(
+        tx,
+        rows
+          .filter((row) => live.includes(row.state))
+          .map(({ id }) => ({ ...common, id, from: live, to: "releasing", endReason: "failed" })),
+        now,
+      );
+      const ended = await writer.write(
+        tx,
+        rows.map(({ id }) => ({ ...common, id, from: ["releasing"], to: "ended" })),
+        now,
+      );
+      return () => {
+        const done = [...released, ...ended];
+        writer.committed(done);
+        options.onTransitioned(done);
+      };
     },
 
     async extend(caller, id, extendSeconds) {
@@ -217,8 +257,9 @@ export function createAllocationService(options: AllocationServiceOptions): Allo
           set due_at = extended.expires_at, lease_token = queue.lease_token + 1, leased_until = null
           from extended where queue.kind = 'allocation' and queue.key = extended.id and extended.state = 'active'
         ), told as (
-          insert into outbox (id, type, tenant_id, server_id, allocation_id, actor, data)
+          insert into outbox (id, type, tenant_id, server_id, allocation_id, actor, message, data)
           select ${uuidv7()}, 'allocation.extended', tenant_id, server_id, id, ${caller.actor},
+            ${`the lease is ${extendSeconds} seconds longer`},
             jsonb_strip_nulls(jsonb_build_object('lease_seconds', lease_seconds, 'expires_at', expires_at))
           from extended
         )

@@ -13,7 +13,7 @@ export interface StateRule {
 
 /**
  * The life of an allocation. Every path that held a claim passes `releasing`, and only a verified clean
- * server leads from there to `ended`.
+ * server leads from there to `ended`, or one that an operator gave up, whose GPUs are held back.
  */
 export const allocationStateMachine: Readonly<Record<AllocationState, StateRule>> = {
   queued: { to: ["scheduled", "ended"], allowanceMs: 600_000, overdue: "poke-scheduler", holdsClaims: false },

@@ -61,8 +61,23 @@ export interface AllocationService {
   list(caller: AllocationCaller, query: AllocationListQuery): Promise<Allocation[]>;
   /** Error `allocation-not-found`, also for another tenant's. */
   get(caller: AllocationCaller, id: string): Promise<Allocation>;
+  /**
+   * The end of the output of a container that ended, at most 16 KiB; undefined when none was kept. Error as for
+   * `get`.
+   */
+  outputTail(caller: AllocationCaller, id: string): Promise<Buffer | undefined>;
   /** Queued: ends as cancelled. With GPUs: releasing. Already releasing or ended: unchanged. */
   release(caller: AllocationCaller, id: string): Promise<Allocation>;
+  /**
+   * Ends all that is live on a server that is retired without it, in the caller's transaction, which holds the
+   * server's row. Its claims are written off: the caller sees to it that these GPUs go to nobody. Returns what to
+   * call when the transaction is committed.
+   */
+  abandonOn(
+    tx: TransactionSql,
+    serverId: string,
+    why: { readonly reason: string; readonly actor: string },
+  ): Promise<() => void>;
   /** Errors: `lease-too-long`, `allocation-not-live`. */
   extend(caller: AllocationCaller, id: string, extendSeconds: number): Promise<Allocation>;
 }

@@ -303,7 +303,7 @@ export async function startEmbeddedPostgres(options: EmbeddedPostgresOptions): P
     try {
       await untilReady(url, pid, logFile, deadline);
       const message = adopted ? "embedded PostgreSQL taken over" : "embedded PostgreSQL started";
-      options.log.info({ pid, adopted, directory }, message);
+      options.log.info({ postgres_pid: pid, adopted, directory }, message);
       const postmaster = pid;
       return {
         url,
@@ -387,6 +387,6 @@ async function stopPostmaster(pid: number, dataDirectory: string, log: Logger): 
       if ((await runningPostmaster(dataDirectory)) !== pid || !isAlive(pid)) return;
       await delay(20);
     }
-    log.warn({ pid, signal }, "embedded PostgreSQL does not stop");
+    log.warn({ postgres_pid: pid, signal }, "embedded PostgreSQL does not stop");
   }
 }

@@ -148,7 +148,7 @@ export async function issue(
       code: "server-retired",
       kind: "forbidden",
       message: "this server's record was retired",
-      hint: "Remove the agent's data directory and enrol the host anew.",
+      hint: "The agent makes a new key by itself and enrols as a new server; it needs a join token. Keep its data directory: by it the agent knows its old containers.",
     });
   }
   const certificate = await issueAgentCertificate(

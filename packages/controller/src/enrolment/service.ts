@@ -13,6 +13,7 @@ import { ensureAuthorities } from "./authority.ts";
 import { readSigningRequest, type CertificateAuthority, type IssuedCertificate } from "./certificates.ts";
 import { enrol, issue, refuseRevokedKey, type EnrolDependencies, type EnrolOutcome } from "./enrol.ts";
 import { createJoinToken, listJoinTokens, revokeJoinToken, serverNotFound } from "./join-tokens.ts";
+import { revocationEvent, revokeAllCertificates } from "./revocation.ts";
 import type { Actor, EnrolmentRequestView, EnrolmentService } from "./types.ts";
 
 /** What the listeners need beyond what REST sees. */
@@ -93,21 +94,13 @@ export async function createEnrolmentService(
         return { ...request, state: "rejected", reason };
       }),
 
+    announceRevocation,
+
     async revokeCertificates(serverId, reason, actor) {
       const count = await sql.begin(async (tx) => {
         const [server] = await tx`select 1 from servers where id = ${serverId} for update`;
         if (server === undefined) throw serverNotFound(serverId);
-        const revoked = await tx<{ serial: string }[]>`
-          update certificates set revoked_at = now(), revoked_reason = ${reason}
-          where server_id = ${serverId} and revoked_at is null returning serial`;
-        await revocationEvent(
-          tx,
-          serverId,
-          revoked.map((row) => row.serial),
-          reason,
-          actor,
-        );
-        return revoked.length;
+        return await revokeAllCertificates(tx, serverId, reason, actor);
       });
       await announceRevocation(serverId, reason);
       return count;
@@ -202,25 +195,6 @@ function certificateUnknown(cause?: unknown): PlatformError {
     hint: "Enrol again with a join token.",
     cause,
   });
-}
-
-async function revocationEvent(
-  tx: TransactionSql,
-  serverId: string,
-  serials: readonly string[],
-  reason: string,
-  actor: Actor,
-): Promise<void> {
-  await appendEvents(tx, [
-    {
-      type: "server.certificates-revoked",
-      severity: "warning",
-      serverId,
-      actor: actor.name,
-      message: `${serials.length} certificate(s) revoked: ${reason}`,
-      data: { serials, reason },
-    },
-  ]);
 }
 
 async function selectRequests(

@@ -96,6 +96,8 @@ export interface EnrolmentService {
    * cannot renew nor enrol again; the host needs a new key and an approval. Returns how many.
    */
   revokeCertificates(serverId: string, reason: string, actor: Actor): Promise<number>;
+  /** Ends the sessions of a server whose certificates were revoked in a transaction that is committed by now. */
+  announceRevocation(serverId: string, message: string): Promise<void>;
   /** As above for one certificate, by its serial number (lower-case hex). Code: certificate-not-found. */
   revokeCertificate(serial: string, reason: string, actor: Actor): Promise<void>;
 }

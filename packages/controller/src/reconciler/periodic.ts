@@ -82,6 +82,9 @@ export function createPeriodicJobs(options: {
 /** How long a repeated request with the same key is recognised. */
 export const idempotencyHours = 24;
 
+/** How long the end of a container's output is kept after its allocation ended. */
+const outputTailDays = 30;
+
 /** The allocation feature's and the queue's own housekeeping. */
 export function createHousekeepingJobs(sql: Sql): PeriodicJob[] {
   return [
@@ -106,6 +109,16 @@ export function createHousekeepingJobs(sql: Sql): PeriodicJob[] {
             select from reconcile_queue where kind = 'allocation' and key = allocations.id)
           on conflict do nothing`;
         return { repaired: result.count };
+      },
+    },
+    {
+      name: "forget-output",
+      cron: "47 * * * *",
+      async run() {
+        const result = await sql`
+          update allocations set output_tail = null
+          where output_tail is not null and ended_at < now() - ${outputTailDays} * interval '1 day'`;
+        return { forgotten: result.count };
       },
     },
     {

@@ -58,6 +58,7 @@ const statusWords: Readonly<Record<number, StoredCondition["status"]>> = {
   [Condition_Status.OK]: "ok",
   [Condition_Status.DEGRADED]: "degraded",
   [Condition_Status.FAILED]: "failed",
+  [Condition_Status.UNKNOWN]: "unknown",
   [Condition_Status.ABSENT]: "absent",
 };
 

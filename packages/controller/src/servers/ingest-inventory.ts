@@ -174,6 +174,8 @@ async function writeGpus(
       serial = excluded.serial, pci_bus_id = excluded.pci_bus_id, memory_bytes = excluded.memory_bytes,
       inventory = excluded.inventory, health = excluded.health, health_reason = excluded.health_reason,
       mig_enabled = excluded.mig_enabled, present = true, updated_at = now()`;
+  // What cannot read GPUs cannot say that one is gone: only an answer from nvidia-smi is evidence.
+  if (blindness(conditions) !== undefined) return events;
   const gone = await tx<{ id: string; uuid: string }[]>`
     update gpus set present = false, health = 'unknown', health_reason = 'not reported', updated_at = now()
     where server_id = ${serverId} and present and not (uuid = any(${rows.map((row) => row.uuid)}))
@@ -198,14 +200,22 @@ function gpuHealth(
   conditions: Readonly<Record<string, StoredCondition>>,
 ): { readonly health: Health; readonly reason: string } {
   const own = conditions[`gpu-${gpu.index}`];
-  const stack = [conditions["gpu-driver"], conditions["nvidia-smi"]].find(
-    (condition) => condition?.status === "failed" || condition?.status === "unknown",
-  );
+  const stack = blindness(conditions);
   if (own?.status === "failed") return { health: "unhealthy", reason: own.reason };
   if (own?.status === "degraded") return { health: "degraded", reason: own.reason };
   if (stack !== undefined) return { health: "unknown", reason: stack.reason };
   if (own?.status === "unknown") return { health: "unknown", reason: own.reason };
   return { health: "healthy", reason: "" };
+}
+
+/**
+ * Why nothing is known of the GPUs, if so. A degraded stack still reads those that answer, and an absent one is an
+ * answer: the host's PCI bus holds no GPU.
+ */
+function blindness(conditions: Readonly<Record<string, StoredCondition>>): StoredCondition | undefined {
+  return [conditions["gpu-driver"], conditions["nvidia-smi"]].find(
+    (condition) => condition?.status === "failed" || condition?.status === "unknown",
+  );
 }
 
 function conditionEvents(

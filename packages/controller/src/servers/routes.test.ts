@@ -158,6 +158,110 @@ describe("retiring a server", () => {
   });
 });
 
+/** A server with one active and one releasing allocation, whose agent went away. */
+async function dead(
+  name: string,
+): Promise<{ id: string; gpus: string[]; allocations: string[]; token: string }> {
+  const { sql } = api.deps;
+  const server = await api.makeServer(name, { gpus: 2 });
+  const tenant = await api.makeTenant(name);
+  const allocations: string[] = [];
+  for (const [index, state] of (["active", "releasing"] as const).entries()) {
+    const made = await api.call("POST", "/api/v1/allocations", {
+      token: tenant.token,
+      json: { gpus: { count: 1 }, container: { image: "a" } },
+    });
+    const id = made.json.id as string;
+    allocations.push(id);
+    await sql`
+      update allocations set state = ${state}, server_id = ${server.id},
+        end_reason = ${state === "releasing" ? "released" : null} where id = ${id}`;
+    await sql`
+      insert into claims (id, allocation_id, server_id, gpu_id, mode)
+      values (${uuidv7()}, ${id}, ${server.id}, ${server.gpus[index]?.id ?? ""}, 'whole')`;
+  }
+  await sql`
+    insert into certificates (serial, server_id, public_key_sha256, not_before, not_after)
+    values (${`5e${uuidv7().replaceAll("-", "")}`}, ${server.id}, ${Buffer.alloc(32, 1)}, now(), now() + interval '1 day')`;
+  return { id: server.id, gpus: server.gpus.map((gpu) => gpu.id), allocations, token: tenant.token };
+}
+const goesAway = (id: string) => api.deps.sql`
+  update servers set session_replica = null, disconnected_at = now() - interval '1 hour',
+    conditions = conditions || '{"unreachable": {"status": "failed", "reason": "agent-disconnected", "message": "", "since": "2026-01-01T00:00:00Z"}}'
+  where id = ${id}`;
+
+describe("a dead server with allocations on it", () => {
+  const abandoned = { abandon_allocations: true, reason: "burnt out" };
+
+  test("is retired with them, in one step, and its GPUs are held back", async () => {
+    const { sql } = api.deps;
+    const server = await dead("burnt");
+    await goesAway(server.id);
+    const path = `/api/v1/servers/${server.id}/retire`;
+    const refused = await api.call("POST", path);
+    expect(refused).toMatchObject({ status: 409, json: { code: "server-not-retirable" } });
+    expect(refused.json.hint).toContain("--abandon");
+    expect((await api.call("POST", path, { json: { abandon_allocations: true } })).status).toBe(422);
+
+    const answer = await api.call("POST", path, { json: abandoned });
+    expect(answer).toMatchObject({ status: 200, json: { state: "retired", state_message: "burnt out" } });
+    const shown = await Promise.all(
+      server.allocations.map(
+        async (id) => (await api.call("GET", `/api/v1/allocations/${id}`, { token: server.token })).json,
+      ),
+    );
+    expect(shown).toMatchObject([
+      { state: "ended", end_reason: "failed", message: expect.stringContaining("burnt out") as string },
+      { state: "ended", end_reason: "released" },
+    ]);
+    expect(await sql`select from claims where server_id = ${server.id} and released_at is null`).toHaveLength(
+      0,
+    );
+    expect(
+      await sql`select from certificates where server_id = ${server.id} and revoked_at is null`,
+    ).toHaveLength(0);
+    expect(
+      await sql`select present, schedulable, health from gpus where server_id = ${server.id} order by index`,
+    ).toEqual(server.gpus.map(() => ({ present: false, schedulable: false, health: "unknown" })));
+    const types = await sql<{ type: string }[]>`
+      select type from outbox where allocation_id = ${server.allocations[0] ?? ""}
+      union all select type from events where allocation_id = ${server.allocations[0] ?? ""}`;
+    expect(types.map(({ type }) => type)).toEqual(
+      expect.arrayContaining(["allocation.releasing", "allocation.ended"]),
+    );
+    expect(api.fleetChanges).toContain(server.id);
+    expect((await api.call("POST", path, { json: abandoned })).status).toBe(200);
+  });
+
+  test("is not given up while its agent is there, and nothing of it happens", async () => {
+    const { sql } = api.deps;
+    const server = await dead("alive");
+    const path = `/api/v1/servers/${server.id}/retire`;
+    for (const step of [
+      () => Promise.resolve(),
+      // Gone for a moment is not unreachable.
+      () => sql`update servers set session_replica = null where id = ${server.id}`,
+    ]) {
+      await step();
+      const answer = await api.call("POST", path, { json: abandoned });
+      expect(answer).toMatchObject({ status: 409, json: { code: "server-not-retirable" } });
+    }
+    await goesAway(server.id);
+    await sql`update servers set state = 'in_use' where id = ${server.id}`;
+    expect((await api.call("POST", path, { json: abandoned })).json).toMatchObject({
+      code: "server-not-retirable",
+    });
+    expect(await sql`select state from allocations where server_id = ${server.id} order by id`).toEqual([
+      { state: "active" },
+      { state: "releasing" },
+    ]);
+    expect(await sql`select from claims where server_id = ${server.id} and released_at is null`).toHaveLength(
+      2,
+    );
+    expect(await sql`select from gpus where server_id = ${server.id} and schedulable`).toHaveLength(2);
+  });
+});
+
 describe("enrolment through REST", () => {
   test("a join token's secret is shown once", async () => {
     const made = await api.call("POST", "/api/v1/join-tokens", { json: { name: "rack 1", max_uses: 8 } });

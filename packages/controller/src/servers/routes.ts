@@ -311,16 +311,36 @@ export function serverRoutes(context: HttpContext): Route[] {
       path: "/api/v1/servers/{id}/retire",
       operationId: "retireServer",
       summary: "Take a server out of the fleet for good",
-      description: "Refused while an allocation is on it. Its certificates are revoked.",
+      description:
+        "Refused while an allocation is on it. Its certificates are revoked. With `abandon_allocations` a server whose agent is unreachable takes its allocations with it: they end as failed, and its GPUs are given to nobody again until an operator makes them schedulable.",
       tag,
       access: "servers:write",
       params: idParams,
-      body: z.strictObject({ reason: lineSchema(500).default("retired by an operator") }),
+      body: z
+        .strictObject({
+          reason: lineSchema(500).default("retired by an operator"),
+          abandon_allocations: z
+            .boolean()
+            .default(false)
+            .openapi({ description: "End what is live on a server that is gone; needs a reason" }),
+        })
+        .refine(
+          (body) => !body.abandon_allocations || body.reason !== "retired by an operator",
+          "say the reason: tenants read it",
+        ),
       bodyOptional: true,
       result: serverDetailSchema,
       problems: { 409: "An allocation is on it, or its state does not allow it" },
       async handle({ params, body, principal }) {
-        const done = await retireServer(sql, context.serverStates, params.id, body.reason, principal.actor);
+        const done = await retireServer(
+          { sql, states: context.serverStates, allocations: context.allocations },
+          {
+            id: params.id,
+            reason: body.reason,
+            abandon: body.abandon_allocations,
+            actor: actorOf(principal),
+          },
+        );
         if (!done.retired) {
           throw new PlatformError({
             code: "server-not-retirable",
@@ -329,7 +349,7 @@ export function serverRoutes(context: HttpContext): Route[] {
             hint: done.hint,
           });
         }
-        await context.enrolment.revokeCertificates(params.id, body.reason, actorOf(principal));
+        await context.enrolment.announceRevocation(params.id, body.reason);
         context.fleetChanged([params.id]);
         context.events.poke();
         return { body: await detail(params.id) };

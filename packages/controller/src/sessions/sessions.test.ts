@@ -7,6 +7,9 @@ import {
   HostInventory,
   type Inventory,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
+import { createTestFeature } from "../allocations/testing.ts";
+import { retireServer } from "../servers/retire.ts";
+import { createServerStates } from "../servers/state-machine.ts";
 import { createTestDatabase, type TestDatabase } from "../db/testing.ts";
 import { startAgentListeners, type AgentListeners } from "./listeners.ts";
 import {
@@ -209,6 +212,42 @@ test("an agent that names others' GPUs and allocations is not believed", async (
   expect(honest.ended).toBe(false);
 });
 
+const stack = (nvidiaSmi: Condition_Status, gpuDriver: Condition_Status): Inventory["conditions"] => [
+  { component: "nvidia-smi", status: nvidiaSmi, reason: "r", message: "", sinceUnixMs: 1 },
+  { component: "gpu-driver", status: gpuDriver, reason: "r", message: "", sinceUnixMs: 1 },
+];
+
+test("a GPU is missing when nvidia-smi says so, not when nvidia-smi says nothing", async () => {
+  const joined = await peer.join(token);
+  const uuid = newGpuUuid();
+  const agent = session(joined);
+  await agent.answer("welcome");
+  const { OK, FAILED, UNKNOWN } = Condition_Status;
+  agent.send({ $case: "inventory", value: inventory([uuid], { conditions: stack(OK, OK) }) });
+  await eventually(async () => (await row(joined.serverId)).state === "available" || undefined);
+  const statuses = async (): Promise<(string | undefined)[]> => {
+    const { conditions } = await row(joined.serverId);
+    return [conditions["nvidia-smi"]?.status, conditions["gpu-driver"]?.status];
+  };
+  for (const [smi, driver, words] of [
+    [FAILED, UNKNOWN, ["failed", "unknown"]],
+    [UNKNOWN, UNKNOWN, ["unknown", "unknown"]],
+    [OK, FAILED, ["ok", "failed"]],
+  ] as const) {
+    agent.send({ $case: "inventory", value: inventory([], { conditions: stack(smi, driver) }) });
+    await eventually(async () => String(await statuses()) === String(words) || undefined, String(words));
+    expect(await database.sql`select present from gpus where uuid = ${uuid}`).toMatchObject([
+      { present: true },
+    ]);
+  }
+  expect(await events(joined.serverId, "gpu.missing")).toEqual([]);
+  agent.send({ $case: "inventory", value: inventory([], { conditions: stack(OK, OK) }) });
+  await arrived(joined.serverId, "gpu.missing", 1);
+  expect(await database.sql`select present from gpus where uuid = ${uuid}`).toMatchObject([
+    { present: false },
+  ]);
+});
+
 test("a GPU moves when its old server is gone and nobody claims it", async () => {
   const [old, fresh] = [await peer.join(token), await peer.join(token)];
   const uuid = newGpuUuid();
@@ -222,6 +261,45 @@ test("a GPU moves when its old server is gone and nobody claims it", async () =>
   await second.answer("welcome");
   second.send({ $case: "inventory", value: inventory([uuid]) });
   await arrived(fresh.serverId, "gpu.moved", 1);
+});
+
+test("GPUs of a server that was given up come back with its host, but to nobody", async () => {
+  const [old, fresh] = [await peer.join(token), await peer.join(token)];
+  const uuid = newGpuUuid();
+  const first = session(old);
+  await first.answer("welcome");
+  first.send({ $case: "inventory", value: inventory([uuid]) });
+  await eventually(async () => (await row(old.serverId)).state === "available" || undefined);
+  first.close();
+  await eventually(async () => "unreachable" in (await row(old.serverId)).conditions || undefined);
+  const { sql } = database;
+  const [tenant] = await sql<{ id: string }[]>`
+    insert into tenants (id, name) values (gen_random_uuid(), 'given-up') returning id`;
+  const [allocation] = await sql<{ id: string }[]>`
+    insert into allocations (id, tenant_id, state, request, lease_seconds, server_id)
+    values (gen_random_uuid(), ${tenant?.id ?? ""}, 'active', '{}', 60, ${old.serverId}) returning id`;
+  await sql`
+    insert into claims (id, allocation_id, server_id, gpu_id, mode)
+    select gen_random_uuid(), ${allocation?.id ?? ""}, server_id, id, 'whole' from gpus where uuid = ${uuid}`;
+  const feature = createTestFeature(sql);
+  const states = createServerStates(deps);
+  const retired = await retireServer(
+    { sql, states, allocations: feature.service },
+    { id: old.serverId, reason: "lost", abandon: true, actor: operator },
+  );
+  await feature.close();
+  expect(retired).toEqual({ retired: true, abandonedAllocations: 1 });
+
+  const second = session(fresh);
+  await second.answer("welcome");
+  second.send({ $case: "inventory", value: inventory([uuid]) });
+  await arrived(fresh.serverId, "gpu.moved", 1);
+  expect(await sql`select server_id, present, schedulable from gpus where uuid = ${uuid}`).toEqual([
+    { server_id: fresh.serverId, present: true, schedulable: false },
+  ]);
+  // The old certificate opens nothing.
+  const ghost = session(old);
+  await eventually(() => ghost.ended || undefined);
 });
 
 test("a server is unreachable after the grace, not before, and comes back; each is told once", async () => {

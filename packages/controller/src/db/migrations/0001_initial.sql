@@ -4,8 +4,8 @@
 
 create extension if not exists btree_gist;
 
--- Names this database's history. A restored backup gets a new incarnation, so that agents do not
--- mistake its lower generations for stale documents.
+-- Names this database's history. After a restore an operator gives it a new incarnation
+-- (palebluedot-controller new-incarnation), so that agents do not mistake lower generations for stale documents.
 create table installation (
   singleton boolean primary key default true check (singleton),
   incarnation uuid not null,

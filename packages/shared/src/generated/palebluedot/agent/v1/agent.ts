@@ -434,6 +434,11 @@ export interface WorkloadObserved {
   ports: PublishedPort[];
   holders: GpuHolder[];
   oomKilled: boolean;
+  /**
+   * The end of what the container wrote, both streams as they came, at most 16 KiB: kept when it ended and before
+   * it is removed. Absent: it did not end yet, or its output could not be read.
+   */
+  outputTail?: Buffer | undefined;
 }
 
 export const WorkloadObserved_Phase = {
@@ -3960,6 +3965,7 @@ function createBaseWorkloadObserved(): WorkloadObserved {
     ports: [],
     holders: [],
     oomKilled: false,
+    outputTail: undefined,
   };
 }
 
@@ -3997,6 +4003,9 @@ export const WorkloadObserved: MessageFns<WorkloadObserved> = {
     }
     if (message.oomKilled !== false) {
       writer.uint32(88).bool(message.oomKilled);
+    }
+    if (message.outputTail !== undefined) {
+      writer.uint32(98).bytes(message.outputTail);
     }
     return writer;
   },
@@ -4102,6 +4111,14 @@ export const WorkloadObserved: MessageFns<WorkloadObserved> = {
             message.oomKilled = reader.bool();
             continue;
           }
+          case 12: {
+            if (tag !== 98) {
+              break;
+            }
+
+            message.outputTail = Buffer.from(reader.bytes());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -4130,6 +4147,7 @@ export const WorkloadObserved: MessageFns<WorkloadObserved> = {
     message.ports = object.ports?.map((e) => PublishedPort.fromPartial(e)) || [];
     message.holders = object.holders?.map((e) => GpuHolder.fromPartial(e)) || [];
     message.oomKilled = object.oomKilled ?? false;
+    message.outputTail = object.outputTail ?? undefined;
     return message;
   },
 };
