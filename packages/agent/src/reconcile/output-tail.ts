@@ -2,7 +2,7 @@ import { errorMessage } from "@palebluedot/shared/errors.ts";
 import type { WorkloadContext } from "./context.ts";
 
 /** What is kept of a container's output when it is gone. */
-export const outputTailBytes = 16 * 1024;
+const outputTailBytes = 16 * 1024;
 /** More lines than fit, unless they are very short. */
 const tailLines = 1000;
 /** An engine that does not give the output must not hold a release up. */

@@ -106,7 +106,7 @@ function keptResponse(request: LogRequest, kept: Buffer): Response {
 }
 
 /** Says that the answer is not all of the output but what was kept of its end. */
-export const outputKeptHeader = "palebluedot-output";
+const outputKeptHeader = "palebluedot-output";
 
 function lastLines(output: Buffer, lines: number): Buffer {
   if (lines === 0) return output;

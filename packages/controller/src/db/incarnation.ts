@@ -2,7 +2,7 @@ import { randomUUID } from "node:crypto";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Sql } from "postgres";
 
-export interface NewIncarnation {
+interface NewIncarnation {
   readonly previous: string;
   readonly incarnation: string;
 }
