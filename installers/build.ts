@@ -11,7 +11,7 @@ import { execa } from "execa";
  * Builds the Debian packages, amd64: each a bundle of our code with the Node that runs it, so that a host
  * needs nothing else. The controller's also holds `pbd`, the migrations and PostgreSQL.
  *
- *     node installers/build.ts [--out DIR] [--only agent|controller]
+ *     npm exec -- node installers/build.ts [--out DIR] [--only agent|controller]
  *
  * Prints one JSON object a package. SOURCE_DATE_EPOCH makes the packages reproducible.
  */
