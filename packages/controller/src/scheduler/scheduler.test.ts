@@ -1,3 +1,4 @@
+import { setTimeout as delay } from "node:timers/promises";
 import { systemClock } from "@palebluedot/shared/clock.ts";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import {
@@ -124,5 +125,37 @@ describe("the order of the queue", () => {
     feature.agentPort.capacityChanged([first.id]);
     await feature.scheduler.runOnce();
     expect([await stateOf(large), await stateOf(behind)]).toEqual(["scheduled", "scheduled"]);
+  });
+});
+
+/** Until a statement of this database waits for a row that another transaction holds. */
+async function somebodyWaits(): Promise<void> {
+  for (const deadline = performance.now() + 10_000; performance.now() < deadline; await delay(5)) {
+    const rows = await database.sql`
+      select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`;
+    if (rows.length > 0) return;
+  }
+  throw new Error("nobody waits");
+}
+
+describe("a server that is closed while something is placed on it", () => {
+  test.each([
+    ["retired", "state = 'retired'"],
+    ["draining", "draining = true"],
+    ["in maintenance", "state = 'maintenance'"],
+  ])("%s: the placement that waited for it does not happen", async (_name, change) => {
+    const [server] = await fleet(1);
+    await feature.scheduler.runOnce();
+    const id = await ask(1);
+    const outcome = await database.sql.begin(async (tx) => {
+      await tx`select from servers where id = ${server.id} for update`;
+      const placing = feature.scheduler.runOnce();
+      await somebodyWaits();
+      await tx.unsafe(`update servers set ${change} where id = $1`, [server.id]);
+      return { placing };
+    });
+    expect(await outcome.placing).toBe(0);
+    expect(await stateOf(id)).toBe("queued");
+    expect(await database.sql`select id from claims`).toHaveLength(0);
   });
 });
