@@ -14,7 +14,7 @@ const wanted = (gpus: number): object => ({
 
 /** Requests to claims to start commands, through REST, PostgreSQL with durable commits and the agent link. */
 export const allocationBench: Bench = {
-  summary: "--agents N [--rate R] [--seconds 30] [--clients 1,8]: latency, rate and fill",
+  summary: "--agents N [--rate R] [--seconds 30] [--clients 1,8,64]: latency, rate and fill",
   async run(args) {
     const { values } = parseArgs({
       args: [...args],
@@ -22,7 +22,7 @@ export const allocationBench: Bench = {
         agents: { type: "string", default: "100" },
         rate: { type: "string", default: "50" },
         seconds: { type: "string", default: "30" },
-        clients: { type: "string", default: "1,8" },
+        clients: { type: "string", default: "1,8,64" },
       },
     });
     const agents = Number(values.agents);

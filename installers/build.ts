@@ -6,6 +6,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { build, type BuildOptions } from "esbuild";
 import { execa } from "execa";
+import { nodeFlags } from "@palebluedot/shared/node-flags.ts";
 
 /**
  * Builds the Debian packages, amd64: each a bundle of our code with the Node that runs it, so that a host
@@ -21,16 +22,6 @@ const require = createRequire(import.meta.url);
 
 export const packageNames = ["agent", "controller"] as const;
 export type PackageName = (typeof packageNames)[number];
-
-/**
- * Node's flags of each package's programs. The agent shares its server with tenants who pay for the memory: it
- * works a few milliseconds a second, so what the optimising compilers, their code and a roomy young generation
- * cost is never earned back (`npm run bench -- agent --node-flags=...` compares).
- */
-export const nodeFlags: Readonly<Record<PackageName, readonly string[]>> = {
-  agent: ["--max-semi-space-size=1", "--optimize-for-size", "--v8-pool-size=1", "--no-opt", "--no-maglev"],
-  controller: [],
-};
 
 interface PackageSpec {
   readonly summary: string;

@@ -6,10 +6,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
+import { nodeFlags } from "@palebluedot/shared/node-flags.ts";
 import { execa } from "execa";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { z } from "zod";
-import { buildPackage, nodeFlags, packageNames, type BuiltPackage, type PackageName } from "./build.ts";
+import { buildPackage, packageNames, type BuiltPackage, type PackageName } from "./build.ts";
 
 const installers = fileURLToPath(new URL(".", import.meta.url));
 
@@ -75,12 +76,13 @@ describe.skipIf(!canBuild)("packages (needs dpkg-deb on Linux x64)", () => {
     expect(bundle).not.toContain(fileURLToPath(new URL("..", import.meta.url)));
   });
 
-  test("the agent's unit starts the program that carries Node's flags", async () => {
-    const unit = await readFile(join(unpacked.agent, "lib/systemd/system/palebluedot-agent.service"), "utf8");
-    expect(unit).toMatch(/^ExecStart=.* \/usr\/bin\/palebluedot-agent run$/m);
-    const program = await readFile(join(unpacked.agent, "usr/bin/palebluedot-agent"), "utf8");
-    expect(nodeFlags.agent.length).toBeGreaterThan(0);
-    expect(program).toContain(` ${nodeFlags.agent.join(" ")} `);
+  test.each(packageNames)("%s: the unit starts the program that carries Node's flags", async (name) => {
+    const full = `palebluedot-${name}`;
+    const unit = await readFile(join(unpacked[name], "lib/systemd/system", `${full}.service`), "utf8");
+    expect(unit).toMatch(new RegExp(`^ExecStart=(.* )?/usr/bin/${full} run$`, "m"));
+    const program = await readFile(join(unpacked[name], "usr/bin", full), "utf8");
+    expect(nodeFlags[name].length).toBeGreaterThan(0);
+    expect(program).toContain(` ${nodeFlags[name].join(" ")} `);
   });
 
   test("the agent runs with the Node that it ships", async () => {
@@ -240,7 +242,7 @@ describe.skipIf(!canBuild)("packages (needs dpkg-deb on Linux x64)", () => {
       await writeFile(
         unit,
         text
-          .replaceAll(`/usr/lib/palebluedot-${name}/node`, "/bin/true")
+          .replaceAll(`/usr/bin/palebluedot-${name}`, "/bin/true")
           .replace(/^EnvironmentFile=.*$/m, "EnvironmentFile=-/nonexistent"),
       );
       const result = await execa("systemd-analyze", ["verify", "--man=no", unit], {

@@ -1,5 +1,6 @@
 import { existsSync, mkdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { nodeFlags } from "@palebluedot/shared/node-flags.ts";
 import { z } from "zod";
 import { createApi, type Api } from "./api.ts";
 import { eventually } from "./eventually.ts";
@@ -48,7 +49,11 @@ export async function startController(options: ControllerOptions): Promise<Contr
     ...(options.databaseUrl === undefined ? {} : { DATABASE_URL: options.databaseUrl }),
     ...options.env,
   };
-  const running = startPart("controller", ["run"], { env, logFile: join(options.dataDir, "controller.log") });
+  const running = startPart("controller", ["run"], {
+    env,
+    logFile: join(options.dataDir, "controller.log"),
+    nodeFlags: nodeFlags.controller,
+  });
   const ready = await eventually(
     "the controller is ready",
     async () => {

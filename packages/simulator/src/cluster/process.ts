@@ -26,12 +26,17 @@ export function startPart(
     readonly env: Readonly<Record<string, string>>;
     readonly logFile: string;
     readonly wrap?: readonly string[];
+    readonly nodeFlags?: readonly string[];
     /** In place of this Node and the part's source: a built program and its flags. */
     readonly program?: readonly string[];
   },
 ): RunningProcess {
   const log = openSync(options.logFile, "a", 0o600);
-  const program = options.program ?? [process.execPath, `${root}packages/${part}/src/main.ts`];
+  const program = options.program ?? [
+    process.execPath,
+    ...(options.nodeFlags ?? []),
+    `${root}packages/${part}/src/main.ts`,
+  ];
   const command = [...(options.wrap ?? []), ...program, ...args];
   const child: ChildProcess = spawn(command[0] ?? process.execPath, command.slice(1), {
     cwd: root,
