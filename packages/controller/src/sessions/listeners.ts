@@ -2,7 +2,6 @@ import { Server, ServerCredentials, status, type ServerOptions } from "@grpc/grp
 import { maxEnrolmentMessageBytes, maxSessionMessageBytes } from "@palebluedot/shared/agent-link.ts";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
 import {
-  AgentServiceService,
   Goodbye_Reason,
   type AgentServiceServer,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
@@ -23,6 +22,7 @@ import { createPresence } from "./presence.ts";
 import { createLocalSessions } from "./registry.ts";
 import { AgentSession, type Peer, type SessionDependencies } from "./session.ts";
 import type { SessionRegistry } from "./types.ts";
+import { guardedAgentService } from "./wire-guard.ts";
 
 /** What all sessions together do in the database at once: the rest of the pool belongs to REST and scheduler. */
 const concurrentStores = 6;
@@ -136,7 +136,7 @@ export async function startAgentListeners(
     "grpc.max_receive_message_length": maxSessionMessageBytes,
     "grpc.max_send_message_length": maxSessionMessageBytes * 4,
   });
-  agentServer.addService(AgentServiceService, agentService);
+  agentServer.addService(guardedAgentService, agentService);
   const enrolmentServer = new Server({
     ...commonServerOptions,
     "grpc.max_receive_message_length": maxEnrolmentMessageBytes,

@@ -12,6 +12,10 @@ const openTimeoutMs = 15_000;
 const maxStreams = 2000;
 /** Held for a slow reader before the agent is made to wait. */
 const highWaterBytes = 256 * 1024;
+/** What a chunk costs beside its bytes: an empty one is not free. */
+const chunkOverheadBytes = 64;
+
+const costOfChunk = (chunk: LogChunk): number => chunk.data.length + chunkOverheadBytes;
 
 type Upload = ServerReadableStream<UploadLogsRequest, UploadLogsResponse>;
 
@@ -53,7 +57,7 @@ export function createLogStreams(): LogStreams {
   function take(stream: Rendezvous, chunks: readonly LogChunk[]): void {
     for (const chunk of chunks) {
       stream.chunks.push(chunk);
-      stream.bytes += chunk.data.length;
+      stream.bytes += costOfChunk(chunk);
     }
     if (stream.bytes > highWaterBytes) stream.upload?.call.pause();
     stream.wake();
@@ -98,7 +102,7 @@ export function createLogStreams(): LogStreams {
           if (signal.aborted) return;
           const chunk = stream.chunks.shift();
           if (chunk !== undefined) {
-            stream.bytes -= chunk.data.length;
+            stream.bytes -= costOfChunk(chunk);
             if (stream.bytes <= highWaterBytes / 2) stream.upload?.call.resume();
             yield chunk;
             continue;

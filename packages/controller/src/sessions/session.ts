@@ -23,11 +23,16 @@ import type { ServerStates } from "../servers/state-machine.ts";
 import type { TelemetryStore } from "../telemetry/types.ts";
 import { Outgoing } from "./outgoing.ts";
 import { startSession, type StartedSession } from "./session-store.ts";
+import { costOf } from "./wire-guard.ts";
 
 /** An agent says Hello at once or is none. */
 const helloTimeoutMs = 10_000;
 /** Sustained; telemetry is one message per interval, so this is far above any honest agent. */
 const maxMessagesPerSecond = 400;
+/** Sustained, what messages cost as `costOf` says. A whole journal at its bound, sent at once, is less. */
+const maxCostPerSecond = 16 * 1024 * 1024;
+/** One sample per GPU and interval; an agent that could not send for a while sends one batch per interval. */
+const maxSamplesPerBatch = 256;
 const maxQueuedEventBatches = 4;
 const maxWorkloads = 1024;
 /** Agents' clocks within this are taken as they are. */
@@ -71,6 +76,7 @@ export class AgentSession {
   #inventorySha256: string | null = null;
   #second = 0;
   #messagesThisSecond = 0;
+  #costThisSecond = 0;
   // What waits for the database: of whole pictures only the newest.
   #inventory: Inventory | undefined;
   #observed: ObservedState | undefined;
@@ -130,6 +136,12 @@ export class AgentSession {
     if (second !== this.#second) {
       this.#second = second;
       this.#messagesThisSecond = 0;
+      this.#costThisSecond = 0;
+    }
+    this.#costThisSecond += costOf(request);
+    if (this.#costThisSecond > maxCostPerSecond) {
+      this.end(Goodbye_Reason.OVERLOADED, `more than ${maxCostPerSecond} bytes in a second`);
+      return;
     }
     this.#messagesThisSecond += 1;
     if (this.#messagesThisSecond > maxMessagesPerSecond) {
@@ -219,6 +231,10 @@ export class AgentSession {
   #sample(batch: TelemetryBatch): void {
     const { telemetry, deps } = this.#with;
     const samples = batch.gpuSamples;
+    if (samples.length > maxSamplesPerBatch || batch.hostSamples.length > maxSamplesPerBatch) {
+      this.end(Goodbye_Reason.PROTOCOL_ERROR, `more than ${maxSamplesPerBatch} samples in a batch`);
+      return;
+    }
     const latest = deps.clock.now() + toleratedSkewMs;
     let refused = 0;
     for (const sample of samples) {

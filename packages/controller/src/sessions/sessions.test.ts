@@ -369,7 +369,80 @@ test("malformed protobuf ends its stream and no other", async () => {
   await steady.answer("eventAck");
 });
 
+test("millions of empty samples end their stream before they are decoded, and hold nobody up", async () => {
+  const [good, bad] = [await peer.join(token), await peer.join(token)];
+  const steady = session(good);
+  await steady.answer("welcome");
+  const client = agentClient(bad) as unknown as Client;
+  const stream = client.makeBidiStreamRequest(
+    "/palebluedot.agent.v1.AgentService/Session",
+    (bytes: Buffer) => bytes,
+    (bytes) => bytes,
+  );
+  const ended = new Promise<Error>((resolve) => stream.on("error", resolve));
+  // Field 4, a length of three bytes, and 1,000,000 times "field 1, no bytes".
+  const samples = Buffer.alloc(2_000_000, Buffer.from("0a00", "hex"));
+  stream.write(Buffer.concat([Buffer.from("2280897a", "hex"), samples]));
+  expect((await ended).message).toMatch(/deserializing/);
+  client.close();
+  steady.send({ $case: "durableEvents", value: { journalId: "journal-1", events: [event(1)] } });
+  await steady.answer("eventAck");
+});
+
+test("an agent that fills every message ends its session", async () => {
+  const joined = await peer.join(token);
+  const one = session(joined);
+  await one.answer("welcome");
+  const value = { id: "x", ok: false, errorCode: "", errorMessage: "m".repeat(1_000_000) };
+  for (let n = 0; n < 40; n += 1) one.send({ $case: "commandResult", value });
+  expect((await one.answer("goodbye")).reason).toBe(5);
+});
+
+test("empty pieces of a log are held back like any other", async () => {
+  const joined = await peer.join(token);
+  const one = session(joined);
+  await one.answer("welcome");
+  const request = { allocationId: "a", follow: true, tailLines: 0, sinceUnixMs: 0, timestamps: false };
+  const abort = new AbortController();
+  const reader = listeners.registry.openLogs(joined.serverId, request, abort.signal)[Symbol.asyncIterator]();
+  const first = reader.next();
+  const command = await one.answer("command");
+  const streamId = command.command?.$case === "openLogs" ? command.command.value.streamId : "";
+  const upload = one.client.uploadLogs(() => undefined);
+  upload.on("error", () => undefined);
+  const empty = { stream: 1 as const, data: Buffer.alloc(0) };
+  const full = { streamId: "", chunks: Array.from({ length: 10_000 }, () => empty) };
+  let taken = 0;
+  const push = (): void => {
+    if (taken >= 200 || abort.signal.aborted) return;
+    upload.write({ ...full, streamId }, () => {
+      taken += 1;
+      push();
+    });
+  };
+  push();
+  await first;
+  let before = -1;
+  await eventually(async () => {
+    const settled = before === taken;
+    before = taken;
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    return settled || undefined;
+  }, "the writer to stand still");
+  expect(taken).toBeLessThan(200);
+  abort.abort();
+  await reader.return?.(undefined);
+});
+
 test.each([
+  [
+    "a batch of too many samples",
+    (one: TestSession) => {
+      one.hello({});
+      const gpuSamples = Array.from({ length: 257 }, () => sample("GPU-none"));
+      one.send({ $case: "telemetry", value: { gpuSamples, hostSamples: [] } });
+    },
+  ],
   [
     "no Hello first",
     (one: TestSession) =>
