@@ -230,7 +230,7 @@ describe("palebluedot-controller", () => {
     const { code, stdout } = await launch(["migrate"], { PALEBLUEDOT_DATA_DIR: join(dir, "third") }).finished;
     expect(code).toBe(0);
     expect(JSON.parse(stdout)).toMatchObject({
-      applied: ["0001_initial.sql", "0002_output_tail.sql"],
+      applied: ["0001_initial.sql", "0002_output_tail.sql", "0003_enrolment_approval.sql"],
     });
   });
 });

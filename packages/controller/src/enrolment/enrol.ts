@@ -42,18 +42,27 @@ interface JoinToken {
   labels: Record<string, string>;
 }
 
+/** Who let a host in. The last two name the host, and are an operator's word. */
+type Approval = "auto-approve" | "recorded-server" | "bound-token" | "operator";
+
 interface RequestRow {
   server_id: string;
   join_token_id: string;
   state: "pending" | "approved" | "rejected";
   reason: string;
+  approval: Approval | null;
+  decided_at: Date | null;
+  made_server: boolean;
 }
 
 /** What the rules say about a new request. */
 interface Verdict {
   readonly serverId: string;
-  readonly approved: boolean;
+  /** Null: it waits, for the reason. */
+  readonly approval: Approval | null;
   readonly reason: string;
+  /** The record is this request's own placeholder. */
+  readonly madeServer: boolean;
 }
 
 export interface EnrolDependencies extends Dependencies {
@@ -73,7 +82,7 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
     await lockIdentity(tx, csr.publicKeySha256, identity);
     await refuseRevokedKey(tx, csr.publicKeySha256);
     const [existing] = await tx<RequestRow[]>`
-      select server_id, join_token_id, state, reason from enrolment_requests
+      select server_id, join_token_id, state, reason, approval, decided_at, made_server from enrolment_requests
       where public_key_sha256 = ${csr.publicKeySha256} for update`;
     const token = await findToken(tx, request.joinToken);
     if (existing?.state === "rejected") {
@@ -86,39 +95,49 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
     }
     const repeated = existing !== undefined && existing.join_token_id === token.id;
     const known = repeated || existing?.state === "approved";
-    let verdict: Verdict;
-    if (known) {
-      // The answer to the first attempt was lost, or the approval came in the meantime.
-      verdict = {
-        serverId: existing.server_id,
-        approved: existing.state === "approved",
-        reason: existing.reason,
-      };
-    } else {
-      verdict = await judge(tx, token, identity, existing);
+    // The answer to the first attempt was lost, or the approval came in the meantime.
+    const judged: Verdict = known
+      ? {
+          serverId: existing.server_id,
+          approval: existing.approval,
+          reason: existing.reason,
+          madeServer: existing.made_server,
+        }
+      : await judge(tx, token, identity, csr.publicKeySha256, existing);
+    const passed = known ? existing.state === "approved" : judged.approval !== null;
+    const rival = passed
+      ? await findRival(tx, judged, csr.publicKeySha256, known ? existing.decided_at : null)
+      : undefined;
+    const approved = passed && rival === undefined;
+    const verdict: Verdict = rival === undefined ? judged : { ...judged, approval: null, reason: rival };
+    if (!known || rival !== undefined) {
       await tx`
-        insert into enrolment_requests (public_key_sha256, server_id, join_token_id, identity, state, reason, decided_at)
+        insert into enrolment_requests
+          (public_key_sha256, server_id, join_token_id, identity, state, reason, approval, made_server, decided_at)
         values (${csr.publicKeySha256}, ${verdict.serverId}, ${token.id}, ${tx.json(identity)},
-          ${verdict.approved ? "approved" : "pending"}, ${verdict.reason}, ${verdict.approved ? new Date() : null})
+          ${approved ? "approved" : "pending"}, ${verdict.reason}, ${verdict.approval}, ${verdict.madeServer},
+          case when ${approved} then now() end)
         on conflict (public_key_sha256) do update set server_id = excluded.server_id,
           join_token_id = excluded.join_token_id, identity = excluded.identity, state = excluded.state,
-          reason = excluded.reason, decided_at = excluded.decided_at`;
+          reason = excluded.reason, approval = excluded.approval, made_server = excluded.made_server,
+          decided_at = excluded.decided_at`;
       await appendEvents(tx, [
         {
-          type: verdict.approved ? "server.enrolled" : "server.enrolment-pending",
-          severity: verdict.approved ? "info" : "warning",
+          type: approved ? "server.enrolled" : "server.enrolment-pending",
+          severity: approved ? "info" : "warning",
           serverId: verdict.serverId,
-          message: verdict.approved ? "a host enrolled" : `a host waits for approval: ${verdict.reason}`,
+          message: approved ? "a host enrolled" : `a host waits for approval: ${verdict.reason}`,
           data: {
             public_key_sha256: csr.publicKeySha256.toString("hex"),
             join_token_id: token.id,
+            approval: verdict.approval,
             identity,
           },
         },
       ]);
     }
     let outcome: EnrolOutcome = { kind: "pending", serverId: verdict.serverId, reason: verdict.reason };
-    if (verdict.approved) {
+    if (approved) {
       await deps.states.transition(tx, {
         serverId: verdict.serverId,
         from: ["pending"],
@@ -127,7 +146,7 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
         actor: "system",
       });
       if (!repeated) await completeRecord(tx, verdict.serverId, identity);
-      outcome = await issue(deps, tx, verdict.serverId, csr);
+      outcome = await issue(deps, tx, verdict.serverId, csr, { replacing: replaces(verdict.approval) });
     }
     // Last: a fleet enrols with one token, and all of it would wait for this row's lock.
     if (!known) await useToken(tx, token.id);
@@ -135,12 +154,45 @@ export async function enrol(deps: EnrolDependencies, request: EnrolRequest): Pro
   });
 }
 
-/** Signs and records a certificate; certificates of other keys of this server are revoked. */
+const replaces = (approval: Approval | null): boolean =>
+  approval === "bound-token" || approval === "operator";
+
+/**
+ * Why this approval is not enough for its server, if so: another key holds the server, and nobody who may say so
+ * said that this host replaces it. An approval from before the other key came says nothing about it either.
+ */
+async function findRival(
+  tx: TransactionSql,
+  verdict: Verdict,
+  publicKeySha256: Buffer,
+  decidedAt: Date | null,
+): Promise<string | undefined> {
+  const [server] = await tx<
+    { name: string }[]
+  >`select name from servers where id = ${verdict.serverId} for update`;
+  const [rival] = await tx`
+    select 1 from certificates live
+    where live.server_id = ${verdict.serverId} and live.public_key_sha256 <> ${publicKeySha256} and live.revoked_at is null
+      and (not ${replaces(verdict.approval)} or ${decidedAt}::timestamptz < (
+        select min(issued_at) from certificates first
+        where first.server_id = live.server_id and first.public_key_sha256 = live.public_key_sha256))
+    limit 1`;
+  return rival === undefined ? undefined : heldByAnother(server?.name ?? verdict.serverId);
+}
+
+const heldByAnother = (name: string): string =>
+  `server ${name} holds a certificate of another key; approve to replace it, or use a join token bound to it`;
+
+/**
+ * Signs and records a certificate. When it replaces, certificates of other keys of this server are revoked;
+ * otherwise there must be none: throws PlatformError `server-held-by-another-key`.
+ */
 export async function issue(
   deps: EnrolDependencies,
   tx: TransactionSql,
   serverId: string,
   csr: SigningRequest,
+  options: { readonly replacing: boolean },
 ): Promise<EnrolOutcome> {
   const [server] = await tx<{ state: string }[]>`select state from servers where id = ${serverId} for update`;
   if (server === undefined || server.state === "retired") {
@@ -163,6 +215,14 @@ export async function issue(
   const superseded = await tx`
     update certificates set revoked_at = now(), revoked_reason = 'superseded by another key'
     where server_id = ${serverId} and public_key_sha256 <> ${csr.publicKeySha256} and revoked_at is null`;
+  if (superseded.count > 0 && !options.replacing) {
+    throw new PlatformError({
+      code: "server-held-by-another-key",
+      kind: "conflict",
+      message: "another key holds a certificate of this server",
+      hint: "An operator must approve the replacement, or revoke one of the two.",
+    });
+  }
   return { kind: "issued", serverId, certificate, superseded: superseded.count > 0 };
 }
 
@@ -227,39 +287,69 @@ async function judge(
   tx: TransactionSql,
   token: JoinToken,
   identity: CleanIdentity,
+  publicKeySha256: Buffer,
   existing: RequestRow | undefined,
 ): Promise<Verdict> {
   const found = await findCandidates(tx, identity);
   // A request that waited comes back with another token: its own placeholder record is no rival.
-  const candidates = found.filter((one) => one.id !== existing?.server_id || one.hadCertificate);
+  const placeholder = await ownPlaceholder(tx, publicKeySha256, existing);
+  const candidates = found.filter((one) => one.id !== placeholder);
+  const verdict = (serverId: string, approval: Approval | null, reason: string): Verdict => ({
+    serverId,
+    approval,
+    reason,
+    madeServer: serverId === placeholder,
+  });
+  const ownRecord = async (approval: Approval | null, reason: string, note: string): Promise<Verdict> => ({
+    ...verdict(placeholder ?? (await createServer(tx, token, identity, note)), approval, reason),
+    madeServer: true,
+  });
 
   if (token.server_id !== null) {
     const others = candidates.filter((one) => one.id !== token.server_id);
-    if (others.length === 0) return { serverId: token.server_id, approved: true, reason: "" };
+    if (others.length === 0) return verdict(token.server_id, "bound-token", "");
     // The use is rolled back: a bound token that reached the wrong host is still good for the right one.
     throw tokenRefused("is bound to another server than this hardware's");
   }
   const [only, ...others] = candidates;
   if (only === undefined) {
-    const serverId = existing?.server_id ?? (await createServer(tx, token, identity, ""));
-    return { serverId, approved: token.auto_approve, reason: token.auto_approve ? "" : "unknown hardware" };
+    return await ownRecord(
+      token.auto_approve ? "auto-approve" : null,
+      token.auto_approve ? "" : "unknown hardware",
+      "",
+    );
   }
   if (others.length > 0) {
     const reason = `its identity matches several servers: ${names(candidates)}`;
-    const serverId = existing?.server_id ?? (await createServer(tx, token, identity, reason));
-    return { serverId, approved: false, reason };
+    return await ownRecord(null, reason, reason);
   }
-  if (only.hadCertificate) {
-    return {
-      serverId: only.id,
-      approved: false,
-      reason: `server ${only.name} holds a certificate of another key; approve to replace it, or use a join token bound to it`,
-    };
-  }
+  if (only.hadCertificate) return verdict(only.id, null, heldByAnother(only.name));
   // An operator wrote this record before the host came: that was the approval. A record that another
   // waiting host made says nothing about this one.
-  const approved = token.auto_approve || !only.hasRequest;
-  return { serverId: only.id, approved, reason: approved ? "" : "another host with this identity waits too" };
+  if (!only.hasRequest) return verdict(only.id, "recorded-server", "");
+  return token.auto_approve
+    ? verdict(only.id, "auto-approve", "")
+    : verdict(only.id, null, "another host with this identity waits too");
+}
+
+/**
+ * The record that this very request made and that is nobody else's yet. Any other record that it waited on,
+ * it waited on for a reason: that another token lets unknown hosts in does not make it this host's.
+ */
+async function ownPlaceholder(
+  tx: TransactionSql,
+  publicKeySha256: Buffer,
+  existing: RequestRow | undefined,
+): Promise<string | undefined> {
+  if (existing?.made_server !== true) return undefined;
+  const [row] = await tx<{ id: string }[]>`
+    select id from servers s
+    where id = ${existing.server_id} and state = 'pending'
+      and not exists (select 1 from certificates c where c.server_id = s.id)
+      and not exists (
+        select 1 from enrolment_requests r where r.server_id = s.id and r.public_key_sha256 <> ${publicKeySha256})
+    for update`;
+  return row?.id;
 }
 
 async function createServer(

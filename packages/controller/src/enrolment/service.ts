@@ -150,7 +150,7 @@ async function renew(
       });
     }
     await refuseRevokedKey(tx, csr.publicKeySha256);
-    const outcome = await issue(deps, tx, serverId, csr);
+    const outcome = await issue(deps, tx, serverId, csr, { replacing: false });
     if (outcome.kind !== "issued") throw new Error("issue did not issue");
     return outcome.certificate;
   });
@@ -253,7 +253,8 @@ async function decide(
   actor: Actor,
 ): Promise<void> {
   await tx`
-    update enrolment_requests set state = ${state}, reason = ${reason}, decided_at = now(), decided_by = ${actor.id ?? null}
+    update enrolment_requests set state = ${state}, reason = ${reason},
+      approval = ${state === "approved" ? "operator" : null}, decided_at = now(), decided_by = ${actor.id ?? null}
     where public_key_sha256 = decode(${request.publicKeySha256}, 'hex')`;
   await appendEvents(tx, [
     {
