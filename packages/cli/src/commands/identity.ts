@@ -125,7 +125,7 @@ export const tokensCreate = defineCommand({
   description: "Make an API token for a tenant, or for staff; shown once",
   options: [
     { flags: "--tenant <tenant>", description: "name or id of the tenant it acts for" },
-    { flags: "--role <role>", description: "admin or operator, for a token without a tenant" },
+    { flags: "--role <role>", description: "admin, operator or metrics, for a token without a tenant" },
     { flags: "--name <name>", description: "who or what uses it" },
     { flags: "--expires-in <duration>", description: "such as 12h or 90d (default: it does not expire)" },
   ],
@@ -133,7 +133,7 @@ export const tokensCreate = defineCommand({
   input: z
     .object({
       tenant: z.string().optional(),
-      role: z.enum(["admin", "operator"]).optional(),
+      role: z.enum(["admin", "operator", "metrics"]).optional(),
       name: z.string().min(1).max(128).default("pbd"),
       expiresIn: z.string().optional(),
     })

@@ -14,6 +14,12 @@ beforeAll(async () => {
 });
 afterAll(() => api.close());
 
+/** Not one that was kept from before. */
+const capacityNow = () => {
+  api.clock.advance(2000);
+  return api.call("GET", "/api/v1/capacity");
+};
+
 describe("GPUs", () => {
   test("are listed by model, server, state and label", async () => {
     const count = async (query: string): Promise<number> =>
@@ -44,7 +50,7 @@ describe("GPUs", () => {
     });
     expect(closed.json).toMatchObject({ schedulable: false, schedulable_reason: "fan noise" });
     expect(api.fleetChanges).toContain(server.id);
-    const capacity = await api.call("GET", "/api/v1/capacity");
+    const capacity = await capacityNow();
     expect(capacity.json.items).toMatchObject([
       {
         model: "NVIDIA H100 80GB HBM3",
@@ -62,7 +68,7 @@ describe("GPUs", () => {
     "capacity of a server with a failed %s is not free: the scheduler places nothing there",
     async (part) => {
       const free = async (): Promise<number> => {
-        const { json } = await api.call("GET", "/api/v1/capacity");
+        const { json } = await capacityNow();
         return json.items.find((item: { model: string }) => item.model.includes("H100")).free_count as number;
       };
       const { sql } = api.deps;
@@ -79,7 +85,7 @@ describe("GPUs", () => {
 
   test("capacity of a server that is draining or unreachable is not free", async () => {
     const free = async (): Promise<number> => {
-      const { json } = await api.call("GET", "/api/v1/capacity");
+      const { json } = await capacityNow();
       return json.items.find((item: { model: string }) => item.model.includes("H100")).free_count as number;
     };
     expect(await free()).toBe(2);
@@ -90,6 +96,16 @@ describe("GPUs", () => {
       .sql`update servers set conditions = '{"unreachable": {"status": "failed"}}' where id = ${server.id}`;
     expect(await free()).toBe(0);
     await api.deps.sql`update servers set conditions = '{}' where id = ${server.id}`;
+  });
+
+  test("capacity is counted once for all who ask within two seconds", async () => {
+    const { token } = await api.makeTenant("eager");
+    const before = await capacityNow();
+    await api.deps.sql`update servers set draining = true where id = ${server.id}`;
+    const soon = await api.call("GET", "/api/v1/capacity", { token });
+    expect(soon.json).toEqual(before.json);
+    expect((await capacityNow()).json).not.toEqual(before.json);
+    await api.deps.sql`update servers set draining = false where id = ${server.id}`;
   });
 
   test("capacity tells a tenant how many, not where", async () => {

@@ -16,6 +16,7 @@ import {
 import { defineRoute, type Route } from "../http/route.ts";
 import { snakeCased } from "../servers/view.ts";
 import { capacity, getGpu, listGpus, updateGpu } from "./queries.ts";
+import { sharedRead } from "./shared-read.ts";
 import {
   gpuDetailSchema,
   gpuHealthSchema,
@@ -27,6 +28,9 @@ import {
 } from "./view.ts";
 
 const tag = "gpu";
+
+/** The count reads every GPU, and every tenant may ask for it. */
+const capacityMaxAgeMs = 2000;
 
 const changeSchema = z
   .strictObject({
@@ -72,6 +76,7 @@ const maxWindowSeconds = 3600;
 
 export function gpuRoutes(context: HttpContext): Route[] {
   const { sql, clock } = context.deps;
+  const readCapacity = sharedRead(clock, capacityMaxAgeMs, () => capacity(sql));
 
   const detail = async (id: string): Promise<z.input<typeof gpuDetailSchema>> => {
     const row = await getGpu(sql, id);
@@ -204,11 +209,12 @@ export function gpuRoutes(context: HttpContext): Route[] {
       path: "/api/v1/capacity",
       operationId: "getCapacity",
       summary: "Free and total GPUs by model",
+      description: "At most two seconds old.",
       tag: "capacity",
       access: "capacity:read",
       result: pageSchema(capacitySchema),
       async handle() {
-        const rows = await capacity(sql);
+        const rows = await readCapacity();
         return {
           body: {
             items: rows.map((row) => ({

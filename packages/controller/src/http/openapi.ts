@@ -62,7 +62,7 @@ export function openApiDocument(routes: readonly Route[], version: string): obje
   holder.openAPIRegistry.registerComponent("securitySchemes", "token", {
     type: "http",
     scheme: "bearer",
-    description: "An API token: pba_… (admin), pbo_… (operator) or pbt_… (tenant).",
+    description: "An API token: pba_… (admin), pbo_… (operator), pbm_… (metrics) or pbt_… (tenant).",
   });
   for (const route of routes) {
     holder.openAPIRegistry.registerPath({

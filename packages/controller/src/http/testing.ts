@@ -69,7 +69,7 @@ export interface TestApi {
   readiness: ReadinessCheck[];
   call(method: string, path: string, options?: CallOptions): Promise<ApiAnswer>;
   makeTenant(name: string): Promise<{ id: string; token: string }>;
-  makeStaff(role: Extract<Role, "admin" | "operator">): Promise<string>;
+  makeStaff(role: Exclude<Role, "member">): Promise<string>;
   makeServer(name: string, options?: { state?: string; gpus?: number; model?: string }): Promise<TestServer>;
   close(): Promise<void>;
 }
@@ -230,7 +230,7 @@ export async function createTestApi(settings: Readonly<Record<string, string>> =
       });
       return { id: tenant.id, token: token.token };
     },
-    async makeStaff(role: Extract<Role, "admin" | "operator">) {
+    async makeStaff(role: Exclude<Role, "member">) {
       const token = await identity.createToken({
         tenantId: null,
         name: `test ${role}`,

@@ -19,6 +19,22 @@ async function until(condition: () => Promise<boolean>): Promise<void> {
   }
 }
 
+describe("the role metrics", () => {
+  test("reads metrics and targets, and nothing else", async () => {
+    const made = await api.call("POST", "/api/v1/tokens", { json: { name: "prometheus", role: "metrics" } });
+    expect(made.status).toBe(201);
+    const token = made.json.token as string;
+    expect(token).toMatch(/^pbm_/);
+    const status = async (path: string): Promise<number> => (await api.call("GET", path, { token })).status;
+    expect(await status("/metrics")).toBe(200);
+    expect(await status("/api/v1/prometheus/targets")).toBe(200);
+    expect(await status("/api/v1/whoami")).toBe(200);
+    for (const path of ["servers", "gpus", "allocations", "events", "capacity", "tokens", "tenants"]) {
+      expect(await status(`/api/v1/${path}`), path).toBe(403);
+    }
+  });
+});
+
 describe("the first admin token", () => {
   test("is an admin's and is stored hashed only", async () => {
     const answer = await whoami(api.adminToken);

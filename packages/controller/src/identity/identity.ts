@@ -76,8 +76,13 @@ export interface TokenWatch {
 export const bootstrapTokenName = "bootstrap";
 export const defaultTenantName = "default";
 
-const prefixOfRole: Readonly<Record<Role, string>> = { admin: "pba_", operator: "pbo_", member: "pbt_" };
-const tokenPattern = /^pb[aot]_[A-Za-z0-9_-]{43}$/;
+const prefixOfRole: Readonly<Record<Role, string>> = {
+  admin: "pba_",
+  operator: "pbo_",
+  metrics: "pbm_",
+  member: "pbt_",
+};
+const tokenPattern = /^pb[aomt]_[A-Za-z0-9_-]{43}$/;
 
 /** How long a token is believed without asking the database; revocation does not wait for it. */
 const cacheMs = 30_000;

@@ -23,7 +23,7 @@ export const permissions = [
 
 export type Permission = (typeof permissions)[number];
 
-export const roles = ["admin", "operator", "member"] as const;
+export const roles = ["admin", "operator", "metrics", "member"] as const;
 export type Role = (typeof roles)[number];
 
 const member: readonly Permission[] = [
@@ -48,9 +48,13 @@ const operator: readonly Permission[] = [
   "tenants:read",
 ];
 
+/** What Prometheus needs and nothing more: its token lies in a file on another host. */
+const metrics: readonly Permission[] = ["metrics:read", "self:read"];
+
 export const permissionsOfRole: Readonly<Record<Role, ReadonlySet<Permission>>> = {
   member: new Set(member),
   operator: new Set(operator),
+  metrics: new Set(metrics),
   admin: new Set(permissions),
 };
 
@@ -59,7 +63,7 @@ export interface Principal {
   readonly tokenId: string;
   readonly tokenName: string;
   readonly role: Role;
-  /** Null for admins and operators: they belong to no tenant. */
+  /** Null for every role but member: they belong to no tenant. */
   readonly tenantId: string | null;
   readonly tenantName: string | null;
   readonly permissions: ReadonlySet<Permission>;

@@ -211,7 +211,7 @@ export function identityRoutes(context: HttpContext): Route[] {
       method: "get",
       path: "/api/v1/tokens",
       operationId: "listStaffTokens",
-      summary: "List tokens of admins and operators",
+      summary: "List tokens that belong to no tenant",
       tag: "token",
       access: "tokens:read",
       query: z.strictObject(pageQuery),
@@ -227,13 +227,13 @@ export function identityRoutes(context: HttpContext): Route[] {
       method: "post",
       path: "/api/v1/tokens",
       operationId: "createStaffToken",
-      summary: "Create a token for an admin or operator",
+      summary: "Create a token for an admin, an operator or Prometheus",
       tag: "token",
       access: "tokens:write",
       body: z
         .strictObject({
           name: tokenNameSchema,
-          role: z.enum(["admin", "operator"]),
+          role: z.enum(["admin", "operator", "metrics"]),
           expires_at: expirySchema,
         })
         .openapi("StaffTokenRequest"),
@@ -256,7 +256,7 @@ export function identityRoutes(context: HttpContext): Route[] {
       method: "delete",
       path: "/api/v1/tokens/{id}",
       operationId: "revokeStaffToken",
-      summary: "Revoke a token of an admin or operator at once",
+      summary: "Revoke a token that belongs to no tenant, at once",
       tag: "token",
       access: "tokens:write",
       params: idParams,
