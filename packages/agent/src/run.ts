@@ -17,6 +17,7 @@ import { createGpuMonitor } from "./gpu/monitor.ts";
 import { collectHost, createHostSampler } from "./inventory/host.ts";
 import { readIdentity } from "./inventory/identity.ts";
 import { createEventJournal } from "./journal/event-journal.ts";
+import { createEventRecorder } from "./journal/event-recorder.ts";
 import type { JournalEntry } from "./journal/types.ts";
 import { createMetrics } from "./metrics/metrics.ts";
 import { startMetricsServer, type MetricsServer } from "./metrics/server.ts";
@@ -69,13 +70,8 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
     log,
   });
 
-  const record = (entry: JournalEntry): void => {
-    journal
-      .append(entry)
-      .catch((error: unknown) =>
-        log.error({ err: errorMessage(error), type: entry.type }, "an event was lost"),
-      );
-  };
+  const recorder = createEventRecorder({ journal, clock, log });
+  const record = (entry: JournalEntry): void => recorder.record(entry);
   const upstream = new Upstream(journal, {
     onUnsendable: (what, error) =>
       log.error({ what, err: errorMessage(error) }, "a message could not be encoded and was dropped"),
@@ -245,6 +241,7 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
     await metricsServer?.stop();
     await reconciler.stop();
     await monitor.stop();
+    await recorder.stop();
     await journal.close();
   }
 }

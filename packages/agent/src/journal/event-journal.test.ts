@@ -1,6 +1,6 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { appendFile, mkdtemp, readFile, rm, stat, truncate, writeFile } from "node:fs/promises";
+import { appendFile, mkdir, mkdtemp, readFile, rm, rmdir, stat, truncate, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -54,6 +54,52 @@ describe("event journal", () => {
     expect(second.pending(0, 10).map((event) => event.message)).toEqual(["number 1"]);
     expect(await second.append(entry(3))).toBe(2);
     await second.close();
+  });
+
+  test("a journal that cannot be compacted at the start goes on as it is", async () => {
+    const first = await createEventJournal({ dir, log });
+    await first.append(entry(1));
+    await first.append(entry(2));
+    await first.close();
+    const path = join(dir, "events.jsonl");
+    await truncate(path, (await stat(path)).size - 7);
+    // What makes room for the fresh file fails as on a full disk: there is a directory in its place.
+    await mkdir(`${path}.new`);
+    const second = await createEventJournal({ dir, log });
+    expect(second.journalId).toBe(first.journalId);
+    expect(await second.append(entry(3))).toBe(2);
+    await second.close();
+    await rmdir(`${path}.new`);
+    const third = await createEventJournal({ dir, log });
+    expect(third.pending(0, 10).map((event) => event.message)).toEqual(["number 1", "number 3"]);
+    await third.close();
+  });
+
+  test("an acknowledgement beyond what was written takes nothing from later events", async () => {
+    const first = await createEventJournal({ dir, log });
+    await first.append(entry(1));
+    await first.ackUpTo(1_000_000);
+    expect(first.pending(0, 10)).toEqual([]);
+    await first.append(entry(2));
+    await first.append(entry(3));
+    expect(first.pending(0, 10).map((event) => event.message)).toEqual(["number 2", "number 3"]);
+    await first.close();
+    const second = await createEventJournal({ dir, log });
+    expect(second.pending(0, 10).map((event) => event.message)).toEqual(["number 2", "number 3"]);
+    await second.close();
+  });
+
+  test("an acknowledgement that overtakes events being written spares them", async () => {
+    const journal = await createEventJournal({ dir, log });
+    await journal.append(entry(1));
+    const appended = journal.append(entry(2));
+    const later = journal.append(entry(3));
+    await journal.ackUpTo(3);
+    await Promise.all([appended, later]);
+    await journal.close();
+    const again = await createEventJournal({ dir, log });
+    expect(again.pending(0, 10).map((event) => event.message)).toEqual(["number 2", "number 3"]);
+    await again.close();
   });
 
   test("a line with a flipped bit is dropped, the ones after it stay", async () => {

@@ -194,13 +194,14 @@ async function rewrite(
     return { handle, size: body.length };
   } catch (error) {
     await handle.close();
+    // On a full disk what was written of it is room that others need.
+    await rm(`${path}.new`, { force: true }).catch(() => undefined);
     throw error;
   }
 }
 
 async function load(dir: string, path: string, log: Logger): Promise<OpenedFile> {
   await mkdir(dir, { recursive: true, mode: 0o700 });
-  await rm(`${path}.new`, { force: true });
   const pending = new PendingEvents();
   let journalId: string | undefined;
   let lastSequence = 0;
@@ -251,7 +252,15 @@ async function load(dir: string, path: string, log: Logger): Promise<OpenedFile>
     for (const event of kept) pending.push({ ...event, sequence: (lastSequence += 1) });
   }
   const state = { journalId: journalId ?? randomUUID(), lastSequence, pending };
-  return { ...state, ...(await rewrite(dir, path, state)) };
+  try {
+    return { ...state, ...(await rewrite(dir, path, state)) };
+  } catch (error) {
+    // A full disk must not keep the agent from starting: the old file goes on, without its torn last line.
+    if (journalId === undefined) throw error;
+    log.warn({ path, reason: errorMessage(error) }, "event journal could not be compacted");
+    const size = Buffer.byteLength(text.slice(0, text.lastIndexOf("\n") + 1));
+    return { ...state, handle: await open(path, "r+"), size };
+  }
 }
 
 /** Opens (or makes) the journal in `options.dir`. Rejects when the directory cannot be read or written. */

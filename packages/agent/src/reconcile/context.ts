@@ -29,6 +29,8 @@ export interface WorkloadContext {
   readonly facts: () => EngineFacts | undefined;
   readonly incarnation: () => string;
   readonly draining: () => boolean;
+  /** The desired state that holds is on disk. While it is not, nothing is begun that a restart would forget. */
+  readonly stored: () => boolean;
   readonly emit: (
     type: string,
     allocationId: string,

@@ -7,6 +7,7 @@ import type { Logger } from "@palebluedot/shared/logger.ts";
 import { createSecretBox } from "@palebluedot/shared/secret-box.ts";
 import { z } from "zod";
 import { writeFileAtomic } from "./atomic-file.ts";
+import type { DiskReserve } from "./disk-reserve.ts";
 
 /** The last desired document, on disk. It holds tenants' secrets, so the whole of it is encrypted. */
 export interface DesiredStore {
@@ -50,7 +51,11 @@ async function loadKey(path: string): Promise<Buffer> {
 }
 
 /** Throws PlatformError `secret-key-invalid` when the key file was damaged. */
-export async function createDesiredStore(dataDir: string, log: Logger): Promise<DesiredStore> {
+export async function createDesiredStore(
+  dataDir: string,
+  log: Logger,
+  disk: DiskReserve,
+): Promise<DesiredStore> {
   const box = createSecretBox(await loadKey(join(dataDir, "secret.key")));
   const path = join(dataDir, "desired.json");
   return {
@@ -71,7 +76,8 @@ export async function createDesiredStore(dataDir: string, log: Logger): Promise<
     async save({ desired, serverId }) {
       const sealed = box.seal(DesiredState.encode(desired).finish(), context).toString("base64");
       try {
-        await writeFileAtomic(path, `${JSON.stringify({ version: 1, sealed, server_id: serverId })}\n`);
+        const content = `${JSON.stringify({ version: 1, sealed, server_id: serverId })}\n`;
+        await disk.write(() => writeFileAtomic(path, content));
       } catch (cause) {
         throw new PlatformError({
           code: "desired-state-not-stored",

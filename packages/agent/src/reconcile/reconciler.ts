@@ -7,6 +7,7 @@ import {
   WorkloadDesired_Target,
   WorkloadObserved_Phase as Phase,
   ObservedState,
+  type Condition,
   type DesiredState,
   type LogChunk,
   type WorkloadDesired,
@@ -18,6 +19,7 @@ import { createVolumeStore } from "../containers/volumes.ts";
 import { writeFileAtomic } from "./atomic-file.ts";
 import type { WorkloadContext } from "./context.ts";
 import { createDesiredStore, type DesiredStore } from "./desired-store.ts";
+import { createDiskReserve, type DiskReserve } from "./disk-reserve.ts";
 import { createEngineWatch, type EngineWatch } from "./engine-watch.ts";
 import { createGpuGate } from "./gpu-gate.ts";
 import type { ReconcilerOptions, ReconcilerTimings } from "./options.ts";
@@ -76,6 +78,7 @@ interface Started {
   readonly store: DesiredStore;
   readonly context: WorkloadContext;
   readonly watch: EngineWatch;
+  readonly disk: DiskReserve;
 }
 
 /**
@@ -107,6 +110,9 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
   const observedListeners = new Set<(observed: ObservedState) => void>();
   const eventListeners = new Set<(event: WorkloadEvent) => void>();
   let desired: DesiredState | undefined;
+  /** Of the document on disk; another one than `desired` while the disk takes nothing. */
+  let onDisk = { incarnation: "", generation: 0 };
+  let stored = true;
   /** As which server this host was told so. */
   let desiredFor: string | undefined;
   let started: Started | undefined;
@@ -130,8 +136,14 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         const picture = workloads.get(workload.allocationId)?.observed();
         return picture === undefined ? [] : bounded(picture);
       }),
-      conditions: started ? [started.watch.condition()] : [],
+      conditions: conditions(),
     };
+  }
+
+  function conditions(): Condition[] {
+    if (!started) return [];
+    const disk = started.disk.condition();
+    return disk === undefined ? [started.watch.condition()] : [started.watch.condition(), disk];
   }
 
   /** Coalesced: many changes of one turn of the loop are told once. */
@@ -271,13 +283,22 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       return;
     }
     const validDocument = validated(document);
-    await store.save({ desired: validDocument, serverId: serverId ?? desiredFor });
+    let failure: unknown;
+    try {
+      await store.save({ desired: validDocument, serverId: serverId ?? desiredFor });
+      onDisk = { incarnation: document.incarnation, generation: document.generation };
+    } catch (error) {
+      // Tenants fill disks: a release must not wait for the room that it would make.
+      failure = error;
+    }
+    stored = failure === undefined;
     const first = desired === undefined;
     desired = document;
     desiredFor = serverId ?? desiredFor;
     // Without a document no running container was looked at: that comes before anything is started.
     if (first) watch.begin();
     apply(document);
+    if (failure !== undefined) throw failure;
   }
 
   async function* readLogs(
@@ -318,13 +339,14 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
     async start() {
       await mkdir(dataDir, { recursive: true, mode: 0o700 });
       await chmod(dataDir, 0o700);
+      const disk = await createDiskReserve({ dir: dataDir, clock, log, onChanged: changed });
       const context: WorkloadContext = {
         client,
         volumes: await createVolumeStore(dataDir),
         gate: createGpuGate(() => {
           for (const workload of workloads.values()) workload.kick();
         }),
-        records: await createRecordStore(dataDir, log),
+        records: await createRecordStore(dataDir, log, disk),
         gpuMonitor: options.gpuMonitor,
         clock,
         log,
@@ -337,9 +359,10 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         facts: () => started?.watch.current(),
         incarnation: () => desired?.incarnation ?? "",
         draining: () => desired?.drain ?? false,
+        stored: () => stored,
         emit,
       };
-      const store = await createDesiredStore(dataDir, log);
+      const store = await createDesiredStore(dataDir, log, disk);
       const watch = createEngineWatch({
         client,
         gpuModeOverride: options.engineOptions.gpuMode,
@@ -354,10 +377,11 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         },
         onChanged: changed,
       });
-      started = { store, context, watch };
-      const stored = await store.load();
-      desired = stored?.desired;
-      desiredFor = stored?.serverId;
+      started = { store, context, watch, disk };
+      const held = await store.load();
+      desired = held?.desired;
+      desiredFor = held?.serverId;
+      if (desired) onDisk = { incarnation: desired.incarnation, generation: desired.generation };
       if (desired) apply(desired);
       await watch.start();
     },
@@ -380,7 +404,7 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       accepting = taken.catch(() => undefined);
       return taken;
     },
-    held: () => ({ incarnation: desired?.incarnation ?? "", generation: desired?.generation ?? 0 }),
+    held: () => onDisk,
     observed,
     onObserved(listener) {
       observedListeners.add(listener);
@@ -391,7 +415,7 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       return () => eventListeners.delete(listener);
     },
     engine: () => started?.watch.last()?.engine,
-    conditions: () => (started ? [started.watch.condition()] : []),
+    conditions,
     logs: readLogs,
   };
 }

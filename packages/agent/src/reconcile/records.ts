@@ -4,6 +4,7 @@ import { errorMessage } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
 import { z } from "zod";
 import { writeFileAtomic } from "./atomic-file.ts";
+import type { DiskReserve } from "./disk-reserve.ts";
 
 /** What must be remembered of a workload over a restart of the agent and cannot be read off the engine. */
 const recordSchema = z.object({
@@ -46,7 +47,11 @@ export interface RecordStore {
   flush(): Promise<void>;
 }
 
-export async function createRecordStore(dataDir: string, log: Logger): Promise<RecordStore> {
+export async function createRecordStore(
+  dataDir: string,
+  log: Logger,
+  disk: DiskReserve,
+): Promise<RecordStore> {
   const path = join(dataDir, "workloads.json");
   const records = new Map<string, WorkloadRecord>();
   try {
@@ -65,7 +70,8 @@ export async function createRecordStore(dataDir: string, log: Logger): Promise<R
       dirty = false;
       try {
         const workloads = Object.fromEntries(records);
-        await writeFileAtomic(path, `${JSON.stringify({ version: 1, workloads })}\n`);
+        const content = `${JSON.stringify({ version: 1, workloads })}\n`;
+        await disk.write(() => writeFileAtomic(path, content));
       } catch (error) {
         log.warn({ path, reason: errorMessage(error) }, "workload records could not be written");
       }

@@ -1,5 +1,5 @@
 import { existsSync, readFileSync } from "node:fs";
-import { mkdir, symlink, writeFile } from "node:fs/promises";
+import { mkdir, rmdir, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { WorkloadObserved_Phase as Phase } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
@@ -129,6 +129,40 @@ describe.skipIf(fixture.why !== "")(`release on a real Docker Engine${fixture.wh
     await stand.phase("next", "RUNNING");
     expect(stand.of("first")?.phase).toBe(Phase.CLEAN);
     stand.gpus.occupied.clear();
+  });
+
+  test("a disk that takes nothing holds up no release, and nothing is started until it does", async () => {
+    await stand.restart();
+    const [gpu = ""] = stand.gpus.uuids;
+    await stand.reconciler.setDesired(
+      document(1, [workload("old", forever, { gpuUuids: [gpu] }), workload("dropped", forever)]),
+    );
+    await stand.phase("old", "RUNNING");
+    const dropped = await stand.phase("dropped", "RUNNING");
+    // No file can be made where a directory is.
+    const obstacle = join(stand.dataDir, "desired.json.new");
+    await mkdir(obstacle);
+    const next = document(2, [
+      workload("old", forever, { gpuUuids: [gpu], reclaimed: true }),
+      workload("new", forever, { gpuUuids: [gpu] }),
+    ]);
+    await expect(stand.reconciler.setDesired(next)).rejects.toMatchObject({
+      code: "desired-state-not-stored",
+    });
+    expect(stand.reconciler.conditions()).toMatchObject([{}, { component: "disk", reason: "not-writable" }]);
+    await stand.phase("old", "CLEAN");
+    await eventually("the dropped one is gone", async () =>
+      (await fixture.containers()).some(({ Id }) => Id === dropped.containerId) ? undefined : true,
+    );
+    await stand.phase("new", "ACCEPTED", "desired-state-not-stored");
+    expect(stand.reconciler.held().generation).toBe(1);
+    expect(await fixture.containers()).toEqual([]);
+
+    await rmdir(obstacle);
+    await stand.reconciler.setDesired(next);
+    await stand.phase("new", "RUNNING");
+    expect(stand.reconciler.held().generation).toBe(2);
+    expect(stand.reconciler.conditions()).toHaveLength(1);
   });
 
   test("volumes left by an interrupted release are deleted at the next start", async () => {

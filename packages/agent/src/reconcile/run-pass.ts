@@ -70,6 +70,16 @@ export async function runPass(
     context.gate.adopt(state.allocationId, readLabels(container.labels)?.gpuUuids ?? []);
   }
   const current = containers.find((container) => readLabels(container.labels)?.specHash === state.hash);
+  if (!current && !context.stored()) {
+    if (containers.length === 0 && !state.record.failure) {
+      state.report({
+        phase: Phase.ACCEPTED,
+        reason: "desired-state-not-stored",
+        message: "this server cannot write to its disk, so nothing is started on it",
+      });
+    }
+    return settled;
+  }
   for (const container of containers) {
     if (container === current) continue;
     state.report({ phase: Phase.STOPPING, reason: "replaced", message: "" });

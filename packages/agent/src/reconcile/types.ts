@@ -24,7 +24,9 @@ export interface Reconciler {
   stop(): Promise<void>;
   /**
    * Journals the document on disk, then converges. Within one incarnation a lower generation for the same server
-   * is ignored. Without a server's id it is taken for the same one's.
+   * is ignored. Without a server's id it is taken for the same one's. Rejects with `desired-state-not-stored`
+   * when the disk takes nothing: what is to be reclaimed then is reclaimed all the same, and nothing is started
+   * until a later call could store it.
    */
   setDesired(desired: DesiredState, serverId?: string): Promise<void>;
   /** Incarnation and generation held on disk: "" and 0 when none. */
