@@ -9,6 +9,7 @@ import { systemClock, type Clock } from "@palebluedot/shared/clock.ts";
 import { isPlatformError } from "@palebluedot/shared/errors.ts";
 import {
   createTestFeature,
+  seededSessionEpoch,
   seedServers,
   seedTenant,
   testRequest,
@@ -178,7 +179,8 @@ export class World {
         return;
       case "late-report": {
         const kept = this.#kept[operation.pick % Math.max(1, this.#kept.length)];
-        if (kept !== undefined) await feature.agentPort.observe(kept.serverId, kept.report);
+        if (kept !== undefined)
+          await feature.agentPort.observe(kept.serverId, kept.report, seededSessionEpoch);
         return;
       }
       case "server":
@@ -270,7 +272,7 @@ export class World {
       this.#checkDocument(serverId, agent, document);
       const report = this.#converge(agent, document, mood);
       if (mood === "keeps-report") this.#kept.push({ serverId, report });
-      else await feature.agentPort.observe(serverId, report);
+      else await feature.agentPort.observe(serverId, report, seededSessionEpoch);
     };
     const turn = agent.turn.then(takeTurn);
     agent.turn = turn.catch(() => undefined);

@@ -37,6 +37,7 @@ export interface AgentPortOptions {
 interface Report {
   readonly serverId: string;
   readonly observed: ObservedState;
+  readonly epoch: number;
 }
 
 interface LiveRow {
@@ -51,14 +52,32 @@ interface LiveRow {
 
 interface Changes {
   readonly transitions: Transition[];
-  readonly observations: { id: string; observed: ObservedWorkload; message: string | null }[];
-  readonly tails: { id: string; output_tail: string }[];
+  readonly observations: {
+    id: string;
+    serverId: string;
+    observed: ObservedWorkload;
+    message: string | null;
+  }[];
+  readonly tails: { id: string; serverId: string; output_tail: string }[];
   readonly generations: ReachedGeneration[];
   readonly events: NewEvent[];
 }
 
 /** Not a secret's digest: it only spares writing again what is there. */
 const md5 = (data: Uint8Array): string => createHash("md5").update(data).digest("hex");
+
+/** The changes of these servers. */
+function only(changes: Changes, serverIds: ReadonlySet<string>): Changes {
+  const of = <Change extends { readonly serverId?: string | null }>(list: readonly Change[]): Change[] =>
+    list.filter(({ serverId }) => typeof serverId === "string" && serverIds.has(serverId));
+  return {
+    transitions: of(changes.transitions),
+    observations: of(changes.observations),
+    tails: of(changes.tails),
+    events: of(changes.events),
+    generations: changes.generations.filter((reached) => serverIds.has(reached.id)),
+  };
+}
 
 export function createAgentPort(options: AgentPortOptions): AllocationAgentPort {
   const { sql, clock, log, writer, metrics } = options;
@@ -74,12 +93,24 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
   });
 
   async function apply(batch: readonly Report[]): Promise<void> {
-    // The newest picture of a server replaces the ones before it.
-    const newest = new Map(batch.map((report) => [report.serverId, report.observed]));
+    // The newest picture of a server replaces the ones before it; a session that was fenced is never newer.
+    const newest = new Map<string, Report>();
+    for (const report of batch) {
+      if (report.epoch >= (newest.get(report.serverId)?.epoch ?? 0)) newest.set(report.serverId, report);
+    }
     const serverIds = [...newest.keys()];
     const [servers, rows] = await Promise.all([
-      sql<{ id: string; incarnation: string; desired_generation: number; observed_generation: number }[]>`
-        select id, (select incarnation from installation) as incarnation, desired_generation, observed_generation
+      sql<
+        {
+          id: string;
+          incarnation: string;
+          desired_generation: number;
+          observed_generation: number;
+          session_epoch: number;
+        }[]
+      >`
+        select id, (select incarnation from installation) as incarnation, desired_generation, observed_generation,
+          session_epoch::float8 as session_epoch
         from servers where id = any(${serverIds}::uuid[])`,
       sql<LiveRow[]>`
         select id, tenant_id, server_id, state, observed, message, md5(output_tail) as output_tail_md5
@@ -89,8 +120,13 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
     const live = new Map(rows.map((row) => [row.id, row]));
     const changes: Changes = { transitions: [], observations: [], tails: [], generations: [], events: [] };
     for (const server of servers) {
-      const observed = newest.get(server.id);
-      if (observed === undefined) continue;
+      const report = newest.get(server.id);
+      if (report === undefined) continue;
+      const { observed } = report;
+      if (report.epoch !== server.session_epoch) {
+        metrics.droppedReports.inc({ reason: "fenced" }, observed.workloads.length);
+        continue;
+      }
       if (observed.incarnation !== server.incarnation) {
         // Computed against another history of this database: what it calls clean may be in use in this one.
         metrics.droppedReports.inc({ reason: "incarnation" }, observed.workloads.length);
@@ -100,7 +136,7 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
       if (generation > server.observed_generation) changes.generations.push({ id: server.id, generation });
       collect(server.id, observed, live, changes);
     }
-    const done = await write(changes);
+    const done = await write(changes, newest);
     if (done.some((change) => change.to === "active")) options.failpoints.hit("allocation-activated");
     writer.committed(done);
     options.onTransitioned(done);
@@ -133,13 +169,14 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
       if (verdict.observed !== undefined) {
         changes.observations.push({
           id: row.id,
+          serverId,
           observed: verdict.observed,
           message: verdict.message ?? null,
         });
       }
       // Every picture carries it again.
       if (verdict.outputTail !== undefined && md5(verdict.outputTail) !== row.output_tail_md5) {
-        changes.tails.push({ id: row.id, output_tail: verdict.outputTail.toString("base64") });
+        changes.tails.push({ id: row.id, serverId, output_tail: verdict.outputTail.toString("base64") });
       }
       if (verdict.dirty !== undefined) {
         changes.events.push({
@@ -156,12 +193,33 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
     }
   }
 
-  async function write(changes: Changes): Promise<readonly Transitioned[]> {
+  async function write(
+    collected: Changes,
+    reports: ReadonlyMap<string, Report>,
+  ): Promise<readonly Transitioned[]> {
     const now = clock.now();
-    if (changes.observations.length === 0 && changes.tails.length === 0 && changes.events.length === 0) {
-      return writer.write(sql, changes.transitions, now, changes.generations);
-    }
+    const touched = [
+      ...new Set([
+        ...[
+          ...collected.transitions,
+          ...collected.observations,
+          ...collected.tails,
+          ...collected.events,
+        ].flatMap(({ serverId }) => serverId ?? []),
+        ...collected.generations.map((reached) => reached.id),
+      ]),
+    ];
+    if (touched.length === 0) return [];
     return sql.begin(async (tx) => {
+      // A session that starts now waits for this transaction, or this transaction sees its epoch.
+      const epochs = touched.map((id) => reports.get(id)?.epoch ?? -1);
+      const held = await tx<{ id: string }[]>`
+        with input as materialized (
+          select * from unnest(${touched}::uuid[], ${epochs}::bigint[]) as input(id, epoch)
+        )
+        select servers.id from servers join input on input.id = servers.id
+        where servers.session_epoch = input.epoch order by servers.id for no key update of servers`;
+      const changes = only(collected, new Set(held.map((row) => row.id)));
       const done = await writer.write(tx, changes.transitions, now, changes.generations);
       if (changes.observations.length > 0) {
         await tx`
@@ -198,9 +256,9 @@ export function createAgentPort(options: AgentPortOptions): AllocationAgentPort 
       if (documents.size > 0) options.failpoints.hit("desired-state-loaded");
       return documents;
     },
-    async observe(serverId, observed) {
+    async observe(serverId, observed, epoch) {
       options.failpoints.hit("observation-received");
-      await reports.submit({ serverId, observed });
+      await reports.submit({ serverId, observed, epoch });
     },
     capacityChanged: options.capacityChanged,
   };

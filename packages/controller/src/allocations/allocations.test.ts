@@ -9,6 +9,7 @@ import { createTestDatabase, type TestDatabase } from "../db/testing.ts";
 import {
   createTestAgent,
   createTestFeature,
+  seededSessionEpoch,
   seedServers,
   seedTenant,
   testRequest,
@@ -46,12 +47,16 @@ const first = (): SeededServer => {
 
 async function observe(serverId: string, ...workloads: ReturnType<typeof workloadReport>[]): Promise<void> {
   const document = (await feature.agentPort.loadDesiredStates([serverId])).get(serverId);
-  await feature.agentPort.observe(serverId, {
-    incarnation: document?.incarnation ?? "",
-    generation: document?.generation ?? 0,
-    workloads,
-    conditions: [],
-  });
+  await feature.agentPort.observe(
+    serverId,
+    {
+      incarnation: document?.incarnation ?? "",
+      generation: document?.generation ?? 0,
+      workloads,
+      conditions: [],
+    },
+    seededSessionEpoch,
+  );
 }
 
 async function eventTypes(): Promise<string[]> {
@@ -260,12 +265,16 @@ describe("what an agent says is judged", () => {
     await observe(other, workloadReport(id, WorkloadObserved_Phase.RUNNING));
     await observe(serverId, workloadReport(id, WorkloadObserved_Phase.CLEAN));
     await observe(serverId, workloadReport("not-even-an-id", WorkloadObserved_Phase.RUNNING));
-    await feature.agentPort.observe(serverId, {
-      incarnation: "00000000-0000-0000-0000-000000000000",
-      generation: 99,
-      workloads: [workloadReport(id, WorkloadObserved_Phase.RUNNING)],
-      conditions: [],
-    });
+    await feature.agentPort.observe(
+      serverId,
+      {
+        incarnation: "00000000-0000-0000-0000-000000000000",
+        generation: 99,
+        workloads: [workloadReport(id, WorkloadObserved_Phase.RUNNING)],
+        conditions: [],
+      },
+      seededSessionEpoch,
+    );
     expect(await feature.service.get(caller, id)).toMatchObject({ state: "scheduled" });
     const dropped = await feature.metrics.getSingleMetricAsString(
       "palebluedot_allocation_reports_dropped_total",

@@ -32,6 +32,9 @@ export async function seedTenant(sql: Sql, name = `tenant-${randomUUID().slice(0
 }
 
 /** Available container hosts in one statement each for servers and GPUs. */
+/** No agent of a seeded server ever connected. */
+export const seededSessionEpoch = 0;
+
 export async function seedServers(
   sql: Sql,
   options: {
@@ -186,12 +189,16 @@ export function createTestAgent(serverId: string): TestAgent {
           containerId: `container-${workload.allocationId}`,
         });
       });
-      await port.observe(serverId, {
-        incarnation: document.incarnation,
-        generation: document.generation,
-        workloads,
-        conditions: [],
-      });
+      await port.observe(
+        serverId,
+        {
+          incarnation: document.incarnation,
+          generation: document.generation,
+          workloads,
+          conditions: [],
+        },
+        seededSessionEpoch,
+      );
       return document;
     },
   };

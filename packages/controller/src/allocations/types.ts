@@ -16,9 +16,10 @@ export interface AllocationAgentPort {
   /**
    * Takes what an agent observed. Batches across servers, writes only what changed, appends events in
    * the same transaction. Resolves when it is committed. Reports about allocations that are not on
-   * that server are dropped and counted (an agent may lie).
+   * that server are dropped and counted (an agent may lie), and so is what a session says whose epoch
+   * is no longer the server's: a newer session speaks for it.
    */
-  observe(serverId: string, observed: ObservedState): Promise<void>;
+  observe(serverId: string, observed: ObservedState, sessionEpoch: number): Promise<void>;
   /** A server's GPUs, conditions, drain flag or approval changed: capacity must be reread. Never throws. */
   capacityChanged(serverIds: readonly string[]): void;
 }

@@ -2,6 +2,7 @@ import { WorkloadObserved_Phase } from "@palebluedot/shared/generated/palebluedo
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import {
   createTestFeature,
+  seededSessionEpoch,
   seedServers,
   seedTenant,
   testRequest,
@@ -70,12 +71,16 @@ async function grow(): Promise<void> {
 
 async function observe(serverId: string, id: string, phase: WorkloadObserved_Phase): Promise<void> {
   const document = (await feature.agentPort.loadDesiredStates([serverId])).get(serverId);
-  await feature.agentPort.observe(serverId, {
-    incarnation: document?.incarnation ?? "",
-    generation: document?.generation ?? 0,
-    workloads: [workloadReport(id, phase)],
-    conditions: [],
-  });
+  await feature.agentPort.observe(
+    serverId,
+    {
+      incarnation: document?.incarnation ?? "",
+      generation: document?.generation ?? 0,
+      workloads: [workloadReport(id, phase)],
+      conditions: [],
+    },
+    seededSessionEpoch,
+  );
 }
 
 /** An allocation from its request to the end, as often as it takes to see generic plans; those of the last round. */

@@ -24,15 +24,20 @@ export const maxEventsPerBatch = 1000;
 
 /**
  * Puts an agent's events into the outbox and moves its journal's cursor, in one transaction: what was sent
- * twice is stored once. Returns the sequence that the agent may forget.
+ * twice is stored once. Returns the sequence that the agent may forget. A session with an older epoch writes
+ * nothing (undefined): the newer one is sent the same events.
  */
 export async function ingestEvents(
   sql: Sql,
-  serverId: string,
+  session: { readonly serverId: string; readonly epoch: number },
   journalId: string,
   events: readonly DurableEvent[],
-): Promise<number> {
+): Promise<number | undefined> {
+  const { serverId } = session;
   return await sql.begin(async (tx) => {
+    const [server] = await tx`
+      select 1 from servers where id = ${serverId} and session_epoch = ${session.epoch} for share`;
+    if (server === undefined) return undefined;
     await tx`
       insert into agent_event_cursors (server_id, journal_id, last_sequence) values (${serverId}, ${journalId}, 0)
       on conflict do nothing`;

@@ -333,7 +333,7 @@ export class AgentSession {
       this.end(Goodbye_Reason.PROTOCOL_ERROR, `more than ${maxWorkloads} workloads`);
       return;
     }
-    await this.#with.allocations.observe(this.serverId, cleanStrings(observed) as ObservedState);
+    await this.#with.allocations.observe(this.serverId, cleanStrings(observed) as ObservedState, this.epoch);
   }
 
   async #take(raw: Inventory): Promise<void> {
@@ -366,7 +366,13 @@ export class AgentSession {
       );
       return;
     }
-    const last = await gate.run(() => ingestEvents(deps.sql, this.serverId, batch.journalId, batch.events));
+    const last = await gate.run(() =>
+      ingestEvents(deps.sql, { serverId: this.serverId, epoch: this.epoch }, batch.journalId, batch.events),
+    );
+    if (last === undefined) {
+      this.end(Goodbye_Reason.FENCED, "a newer session took over");
+      return;
+    }
     this.outgoing.ack(batch.journalId, last);
   }
 }

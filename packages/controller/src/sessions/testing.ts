@@ -63,7 +63,7 @@ export function testDependencies(
 /** Desired states in memory, and what agents said. Stands for the allocation feature. */
 export class MemoryAllocations implements AllocationAgentPort {
   readonly desired = new Map<string, DesiredState>();
-  readonly observed: { serverId: string; state: ObservedState }[] = [];
+  readonly observed: { serverId: string; state: ObservedState; epoch: number }[] = [];
   readonly capacityChanges: string[] = [];
 
   loadDesiredStates(serverIds: readonly string[]): Promise<Map<string, DesiredState>> {
@@ -77,8 +77,8 @@ export class MemoryAllocations implements AllocationAgentPort {
     );
   }
 
-  observe(serverId: string, state: ObservedState): Promise<void> {
-    this.observed.push({ serverId, state });
+  observe(serverId: string, state: ObservedState, epoch: number): Promise<void> {
+    this.observed.push({ serverId, state, epoch });
     return Promise.resolve();
   }
 
