@@ -51,6 +51,9 @@ export interface EventFeatureOptions {
   readonly relayPollMs?: number;
 }
 
+/** A list that takes longer looks for too little in too much. */
+const listTimeoutMs = 5000;
+
 /** Events waiting for NATS that are no news. */
 const backlogTolerance = 1000;
 
@@ -154,7 +157,11 @@ export function createEventFeature(deps: EventDependencies, options: EventFeatur
       for (const name of Object.values(metricNames)) metrics.removeSingleMetric(name);
     },
     poke: () => relay?.poke(),
-    list: (listOptions) => listEvents(sql, listOptions),
+    list: (listOptions) =>
+      sql.begin("read only", async (tx) => {
+        await tx`select set_config('statement_timeout', ${String(listTimeoutMs)}, true)`;
+        return await listEvents(tx, listOptions);
+      }),
     subscribe: (request) => stream.subscribe(request),
     purge: (olderThan) => purgeEvents(sql, { olderThan, keepUnpublished: natsUrl !== undefined }),
     async status() {

@@ -12,6 +12,23 @@ beforeAll(async () => {
 });
 afterAll(() => api.close());
 
+test("a list that the database does not finish in time is refused as such, and no fault of ours", async () => {
+  // Another transaction holds the table for longer than a list may take.
+  const done = Promise.withResolvers<undefined>();
+  const locked = Promise.withResolvers<undefined>();
+  const holder = api.deps.sql.begin(async (tx) => {
+    await tx`lock table events in access exclusive mode`;
+    locked.resolve(undefined);
+    await done.promise;
+  });
+  await locked.promise;
+  const answer = await api.call("GET", "/api/v1/events");
+  done.resolve(undefined);
+  await holder;
+  expect(answer.status).toBe(503);
+  expect(answer.json).toMatchObject({ code: "query-too-slow" });
+}, 20_000);
+
 interface SseEvent {
   readonly id: string;
   readonly event: string;

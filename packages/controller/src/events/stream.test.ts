@@ -189,6 +189,8 @@ describe("filter", () => {
       { typePrefixes: [] },
       { typePrefixes: ["x."] },
       { typePrefixes: ["x.t", "xy"] },
+      { typePrefixes: ["x", "x.", "zz"], severities: ["error"] },
+      { typePrefixes: ["x."], tenantId: a, severities: ["info"] },
       { severities: ["error"] },
       { tenantId: a },
       { serverId: b, severities: ["info", "error"] },
@@ -201,6 +203,13 @@ describe("filter", () => {
         all.filter((event) => matchesFilter(event, filter)).map((event) => event.seq),
       );
     }
+    const lastOne = await listEvents(database.sql, {
+      limit: 3,
+      order: "descending",
+      filter: { typePrefixes: ["x."] },
+    });
+    const expected = all.filter((event) => event.type.startsWith("x.")).map((event) => event.seq);
+    expect(lastOne.map((event) => event.seq)).toEqual(expected.toReversed().slice(0, 3));
     const newest = await listEvents(database.sql, { beforeSeq: before + 25, limit: 2, order: "descending" });
     expect(newest.map((event) => event.seq)).toEqual([before + 24, before + 23]);
   });

@@ -20,6 +20,11 @@ const capacityNow = () => {
   return api.call("GET", "/api/v1/capacity");
 };
 
+const free = async (): Promise<number> => {
+  const { json } = await capacityNow();
+  return json.items.find((item: { model: string }) => item.model.includes("H100")).free_count as number;
+};
+
 describe("GPUs", () => {
   test("are listed by model, server, state and label", async () => {
     const count = async (query: string): Promise<number> =>
@@ -67,10 +72,6 @@ describe("GPUs", () => {
   test.each(["container-engine", "gpu-driver", "nvidia-smi"])(
     "capacity of a server with a failed %s is not free: the scheduler places nothing there",
     async (part) => {
-      const free = async (): Promise<number> => {
-        const { json } = await capacityNow();
-        return json.items.find((item: { model: string }) => item.model.includes("H100")).free_count as number;
-      };
       const { sql } = api.deps;
       for (const [status, expected] of [
         ["failed", 0],
@@ -84,10 +85,6 @@ describe("GPUs", () => {
   );
 
   test("capacity of a server that is draining or unreachable is not free", async () => {
-    const free = async (): Promise<number> => {
-      const { json } = await capacityNow();
-      return json.items.find((item: { model: string }) => item.model.includes("H100")).free_count as number;
-    };
     expect(await free()).toBe(2);
     await api.call("PATCH", `/api/v1/servers/${server.id}`, { json: { draining: true } });
     expect(await free()).toBe(0);

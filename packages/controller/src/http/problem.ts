@@ -74,6 +74,15 @@ export function asPlatformError(thrown: unknown): PlatformError {
       cause: thrown,
     });
   }
+  if (isTimeout(thrown)) {
+    return new PlatformError({
+      code: "query-too-slow",
+      kind: "unavailable",
+      message: "the database did not answer this query in time",
+      hint: "Ask for less: name a server, an allocation or a range.",
+      cause: thrown,
+    });
+  }
   return new PlatformError({
     code: "internal-error",
     kind: "internal",
@@ -98,6 +107,10 @@ const awayCodes = new Set([
   "57P03",
   "53300",
 ]);
+
+/** PostgreSQL gave the statement up at its timeout. */
+const isTimeout = (thrown: unknown): boolean =>
+  thrown instanceof Error && "code" in thrown && thrown.code === "57014";
 
 function isDatabaseAway(thrown: unknown): boolean {
   if (!(thrown instanceof Error) || !("code" in thrown) || typeof thrown.code !== "string") return false;
