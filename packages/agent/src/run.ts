@@ -64,6 +64,7 @@ export async function runAgent(config: AgentConfig, log: Logger, signal: AbortSi
       ...(config.PALEBLUEDOT_PUBLISH_ADDRESS === undefined
         ? {}
         : { publishAddress: config.PALEBLUEDOT_PUBLISH_ADDRESS }),
+      allowedRegistries: config.PALEBLUEDOT_REGISTRY_ALLOW,
     },
     gpuMonitor: monitor,
     clock,

@@ -1,4 +1,5 @@
 import { z } from "zod";
+import { isImageReference } from "@palebluedot/shared/image-reference.ts";
 import { allocationStateSchema, endReasonSchema, labelsSchema } from "@palebluedot/shared/vocabulary.ts";
 
 /**
@@ -62,7 +63,7 @@ export const containerRequestSchema = z.strictObject({
     .string()
     .min(1)
     .max(512)
-    .regex(/^[a-zA-Z0-9][a-zA-Z0-9._\-/:@]*$/, "an image reference such as registry.example/team/image:tag"),
+    .refine(isImageReference, "an image reference such as registry.example/team/image:tag"),
   /** Replaces the image's entry point. */
   command: z.array(text(32_768)).max(256).default([]),
   args: z.array(text(32_768)).max(1024).default([]),

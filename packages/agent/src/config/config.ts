@@ -41,6 +41,16 @@ const configSchema = z.object({
   PALEBLUEDOT_TELEMETRY_INTERVAL_MS: z.coerce.number().int().min(1000).max(600_000).default(10_000),
   PALEBLUEDOT_CONTAINER_NETWORK: z.string().min(1).optional(),
   PALEBLUEDOT_PUBLISH_ADDRESS: z.string().min(1).optional(),
+  /** Comma list of registries ("host" or "host:port") on the host itself that tenants may pull from. */
+  PALEBLUEDOT_REGISTRY_ALLOW: z
+    .string()
+    .default("")
+    .transform((text) =>
+      text
+        .split(",")
+        .map((one) => one.trim())
+        .filter((one) => one !== ""),
+    ),
   PALEBLUEDOT_GPU_MODE: z.enum(["cdi", "nvidia-runtime", "device-nodes"]).optional(),
   PALEBLUEDOT_DEVICE_DIR: z.string().min(1).optional(),
   PALEBLUEDOT_LOG_LEVEL: z

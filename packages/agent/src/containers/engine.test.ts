@@ -4,7 +4,6 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import { createContainerEngineClient, type ContainerEngineClient } from "./engine.ts";
-import { parseImageReference } from "./image-reference.ts";
 import { demultiplex } from "./log-frames.ts";
 
 async function* chunked(data: Buffer, size: number): AsyncGenerator<Buffer> {
@@ -30,15 +29,6 @@ describe("container output", () => {
       text += data.toString();
     expect(text).toBe("plain text, no frames");
   });
-});
-
-test.each([
-  ["busybox", "busybox", "latest"],
-  ["library/busybox:1.36", "library/busybox", "1.36"],
-  ["localhost:5000/a/b-c:x", "localhost:5000/a/b-c", "x"],
-  [`r.example/a@sha256:${"0".repeat(64)}`, "r.example/a", `sha256:${"0".repeat(64)}`],
-])("image reference %s", (reference, name, tag) => {
-  expect(parseImageReference(reference)).toEqual({ name, tag });
 });
 
 describe("an engine that misbehaves", () => {
@@ -99,6 +89,18 @@ describe("an engine that misbehaves", () => {
     await expect(client.version()).rejects.toMatchObject({ code: "container-engine-unavailable" });
     answer = (_request, response) => response.end("<html>");
     await expect(client.info()).rejects.toMatchObject({ code: "container-engine-unavailable" });
+  });
+  test("is asked about an image only by a path of images", async () => {
+    const asked: string[] = [];
+    answer = (request, response) => {
+      asked.push(String(request.url));
+      response.end('{"Id":"sha256:1"}');
+    };
+    await expect(client.inspectImage("a/../../containers/json")).rejects.toMatchObject({
+      code: "refused-image-reference",
+    });
+    await client.inspectImage("r.example:5000/a/b");
+    expect(asked.map(decodeURIComponent)).toEqual(["/images/r.example:5000/a/b:latest/json"]);
   });
   test("refuses with a message; what is not there is undefined", async () => {
     answer = (_request, response) => {

@@ -1,6 +1,6 @@
 import { errorMessage, isPlatformError, PlatformError } from "@palebluedot/shared/errors.ts";
+import { parseImageReference } from "@palebluedot/shared/image-reference.ts";
 import { z } from "zod";
-import { parseImageReference } from "./image-reference.ts";
 import type { LogFrame } from "./log-frames.ts";
 import { demultiplex } from "./log-frames.ts";
 import { createLimiter } from "./limiter.ts";
@@ -114,7 +114,7 @@ export interface ContainerEngineClient {
   ping(): Promise<void>;
   version(): Promise<EngineVersion>;
   info(): Promise<EngineInfo>;
-  /** Undefined when the image is not on this host. */
+  /** Undefined when the image is not on this host. Throws `refused-image-reference`. */
   inspectImage(reference: string): Promise<ImageFacts | undefined>;
   /** Throws `image-pull-failed`. */
   pull(
@@ -278,7 +278,9 @@ export function createContainerEngineClient(options: {
       return parseAnswer(infoSchema, "info", await get("/info"));
     },
     async inspectImage(reference) {
-      const answer = await absentAsUndefined(() => get(`/images/${encodeURI(reference)}/json`));
+      const { canonical } = parseImageReference(reference);
+      const path = canonical.split("/").map(encodeURIComponent).join("/");
+      const answer = await absentAsUndefined(() => get(`/images/${path}/json`));
       if (answer === undefined) return undefined;
       const image = parseAnswer(imageSchema, "image inspect", answer);
       return { id: image.Id, environment: image.Config?.Env ?? [] };

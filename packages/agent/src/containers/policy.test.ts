@@ -9,7 +9,7 @@ const volumeRoot = "/var/lib/agent/volumes";
 function verdict(container: Spec, network = "bridge", allocationId = "alloc-1"): string {
   const workload = WorkloadDesired.fromPartial({ allocationId, container: { image: "a/b:1", ...container } });
   try {
-    checkPolicy(workload, { volumeRoot, network });
+    checkPolicy(workload, { volumeRoot, network, allowedRegistries: ["127.0.0.1:5000"] });
     return "allowed";
   } catch (error) {
     if (!isPlatformError(error)) throw error;
@@ -96,6 +96,9 @@ describe("container policy", () => {
     ["unlimited locked memory", { ulimits: [{ name: "memlock", soft: -1, hard: -1 }] }, "allowed"],
     ["a variable name with =", { environment: [{ name: "A=B", value: "" }] }, "refused-environment"],
     ["no image", { image: "" }, "refused-image-reference"],
+    ["an image that is another path", { image: "a/../../containers/json" }, "refused-image-reference"],
+    ["an image on the host itself", { image: "127.0.0.1:2375/x" }, "refused-registry"],
+    ["an image from the link", { image: "169.254.169.254/latest/meta" }, "refused-registry"],
     ["an image that is a query", { image: "a?fromSrc=-" }, "refused-image-reference"],
   ])("%s", (_name, spec, expected) => {
     expect(verdict(spec)).toBe(expected);
@@ -107,7 +110,11 @@ describe("container policy", () => {
     );
     expect(verdict({}, "bridge", "../../etc")).toBe("refused-name");
     expect(() =>
-      checkPolicy(WorkloadDesired.fromPartial({ allocationId: "a" }), { volumeRoot, network: "none" }),
+      checkPolicy(WorkloadDesired.fromPartial({ allocationId: "a" }), {
+        volumeRoot,
+        network: "none",
+        allowedRegistries: [],
+      }),
     ).toThrow("names no container");
   });
 });

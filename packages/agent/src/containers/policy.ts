@@ -1,10 +1,10 @@
 import { dirname, normalize } from "node:path";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
+import { isHostLocalRegistry, parseImageReference } from "@palebluedot/shared/image-reference.ts";
 import type {
   ContainerSpec,
   WorkloadDesired,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
-import { parseImageReference } from "./image-reference.ts";
 import { safeNamePattern } from "./volumes.ts";
 
 /** What a tenant's container may ask of this host. */
@@ -12,6 +12,8 @@ export interface PolicyContext {
   /** Root of the managed volumes, without symbolic links. */
   readonly volumeRoot: string;
   readonly network: string;
+  /** Registries ("host" or "host:port") that are allowed though they are on the host itself. */
+  readonly allowedRegistries: readonly string[];
 }
 
 /**
@@ -169,6 +171,16 @@ function checkUlimits(spec: ContainerSpec): void {
   }
 }
 
+function checkRegistry(image: string, allowed: readonly string[]): void {
+  const { registry } = parseImageReference(image);
+  if (registry === undefined || allowed.includes(registry) || !isHostLocalRegistry(registry)) return;
+  refuse(
+    "registry",
+    `registry ${JSON.stringify(registry.slice(0, 100))} is the host itself`,
+    "Use a registry with an address of its own. The operator may allow this one: PALEBLUEDOT_REGISTRY_ALLOW.",
+  );
+}
+
 /** Throws PlatformError `refused-*` for the first thing that is not allowed. Looks at nothing but its arguments. */
 export function checkPolicy(workload: WorkloadDesired, context: PolicyContext): ContainerSpec {
   const spec = workload.container;
@@ -211,7 +223,7 @@ export function checkPolicy(workload: WorkloadDesired, context: PolicyContext): 
       );
     }
   }
-  parseImageReference(spec.image);
+  checkRegistry(spec.image, context.allowedRegistries);
   checkUlimits(spec);
   checkPorts(spec, context.network);
   checkVolumes(spec, workload.allocationId, context.volumeRoot);

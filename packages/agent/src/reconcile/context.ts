@@ -1,3 +1,4 @@
+import { fullJitterMs } from "@palebluedot/shared/backoff.ts";
 import type { Clock } from "@palebluedot/shared/clock.ts";
 import type {
   WorkloadDesired,
@@ -24,6 +25,7 @@ export interface WorkloadContext {
   readonly timings: Required<ReconcilerTimings>;
   readonly ownerId: string;
   readonly network: string;
+  readonly allowedRegistries: readonly string[];
   readonly publishAddress: string;
   readonly deviceDir: string;
   readonly facts: () => EngineFacts | undefined;
@@ -69,4 +71,15 @@ export interface WorkloadState {
   report(change: Partial<WorkloadObserved>): void;
   /** Changes the record and stores it. */
   remember(change: Partial<WorkloadRecord>): void;
+}
+
+/** Waits longer with every attempt of what is being tried now. */
+export function backOff(state: WorkloadState, context: WorkloadContext): Next {
+  const { retryBaseMs } = context.timings;
+  const waitMs = fullJitterMs(
+    state.attempts,
+    { baseMs: retryBaseMs, capMs: retryBaseMs * 60 },
+    context.random,
+  );
+  return again(waitMs + Math.min(retryBaseMs, 100));
 }

@@ -17,6 +17,8 @@ export interface EngineOptions {
   readonly deviceDir?: string;
   /** The containers' network: "bridge" (default), "none" or the name of a network made by the operator. Never "host". */
   readonly network?: string;
+  /** Registries ("host" or "host:port") on the host itself or its link that tenants may pull from all the same. */
+  readonly allowedRegistries?: readonly string[];
   /** Address published ports are bound to. Default 0.0.0.0. */
   readonly publishAddress?: string;
 }

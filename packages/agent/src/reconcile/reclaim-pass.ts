@@ -3,7 +3,7 @@ import { WorkloadObserved_Phase as Phase } from "@palebluedot/shared/generated/p
 import { labelNames, readLabels } from "../containers/create-request.ts";
 import { safeNamePattern } from "../containers/volumes.ts";
 import { readOutputTail } from "./output-tail.ts";
-import { again, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
+import { again, backOff, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
 
 /** A reading of the GPUs that takes longer is no reading. */
 const holdersDeadlineMs = 60_000;
@@ -37,9 +37,12 @@ export async function reclaimPass(state: WorkloadState, context: WorkloadContext
       state.report({ outputTail: kept ?? (await readOutputTail(context, container.id)) });
       await client.remove(container.id);
     }
-    // Seen gone, not assumed gone.
-    return again(0);
+    // Seen gone, not assumed gone. One that is still there (an engine that is removing it, or refuses to)
+    // is not asked for again at once.
+    state.attempts += 1;
+    return state.attempts === 1 ? again(0) : backOff(state, context);
   }
+  state.attempts = 0;
   if (state.observed.phase === Phase.CLEAN) return { kind: "clean" };
   if (safeNamePattern.test(allocationId)) {
     try {

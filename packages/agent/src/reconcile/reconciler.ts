@@ -354,6 +354,7 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
         timings,
         ownerId: options.ownerId ?? (await loadOwnerId(dataDir)),
         network,
+        allowedRegistries: options.engineOptions.allowedRegistries ?? [],
         publishAddress: options.engineOptions.publishAddress ?? "0.0.0.0",
         deviceDir: options.engineOptions.deviceDir ?? "/dev",
         facts: () => started?.watch.current(),

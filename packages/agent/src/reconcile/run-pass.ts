@@ -19,7 +19,7 @@ import {
 import type { ImageFacts, InspectedContainer } from "../containers/engine.ts";
 import { checkPolicy } from "../containers/policy.ts";
 import { readOutputTail } from "./output-tail.ts";
-import { again, settled, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
+import { again, backOff, settled, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
 import type { EngineFacts } from "./engine-watch.ts";
 
 const maxPullAttempts = 4;
@@ -42,16 +42,6 @@ function fail(state: WorkloadState, context: WorkloadContext, reason: string, me
   const type = reason.startsWith("refused-") ? "workload.refused" : "workload.failed";
   context.emit(type, state.allocationId, message.slice(0, 1000), { reason });
   return settled;
-}
-
-function backOff(state: WorkloadState, context: WorkloadContext): Next {
-  const { retryBaseMs } = context.timings;
-  const waitMs = fullJitterMs(
-    state.attempts,
-    { baseMs: retryBaseMs, capMs: retryBaseMs * 60 },
-    context.random,
-  );
-  return again(waitMs + Math.min(retryBaseMs, 100));
 }
 
 /** One look at a workload that should run, and the next step towards it. Calling it twice is safe. */
@@ -93,7 +83,11 @@ export async function runPass(
   }
   let spec: ContainerSpec;
   try {
-    spec = checkPolicy(state.desired, { volumeRoot: context.volumes.root, network: context.network });
+    spec = checkPolicy(state.desired, {
+      volumeRoot: context.volumes.root,
+      network: context.network,
+      allowedRegistries: context.allowedRegistries,
+    });
   } catch (error) {
     if (!isPlatformError(error)) throw error;
     if (current) await client.remove(current.id);

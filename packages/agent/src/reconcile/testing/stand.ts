@@ -152,7 +152,13 @@ export async function createStand(options: {
   const make = (): Reconciler => {
     const made = createReconciler({
       dataDir,
-      engineOptions: { dockerHost: options.dockerHost, deviceDir, network: "none", ...options.engine },
+      engineOptions: {
+        dockerHost: options.dockerHost,
+        deviceDir,
+        network: "none",
+        allowedRegistries: ["127.0.0.1:9"],
+        ...options.engine,
+      },
       gpuMonitor: gpus,
       clock: systemClock,
       log,
