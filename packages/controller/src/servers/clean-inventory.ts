@@ -28,6 +28,8 @@ export interface CleanInventory {
 export const reservedConditions = ["unreachable", "draining", "unhealthy", "gpu-identity"] as const;
 
 const maxStringLength = 512;
+/** Four times what the largest hosts hold. */
+export const maxGpusPerServer = 64;
 const invisible = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu;
 
 const bounds = z.object({
@@ -43,7 +45,7 @@ const bounds = z.object({
         migDevices: z.array(z.unknown()).max(64),
       }),
     )
-    .max(128)
+    .max(maxGpusPerServer)
     .refine((gpus) => new Set(gpus.map((gpu) => gpu.uuid)).size === gpus.length, "a GPU is listed twice"),
   conditions: z.array(z.object({ component: z.string().regex(/^[a-z0-9][a-z0-9.-]{0,63}$/) })).max(512),
   host: z

@@ -1,3 +1,4 @@
+import { PlatformError } from "@palebluedot/shared/errors.ts";
 import type { Logger } from "@palebluedot/shared/logger.ts";
 import type { GpuInventory } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { Sql, TransactionSql } from "postgres";
@@ -10,7 +11,12 @@ import type { ServerStates } from "./state-machine.ts";
 export interface IngestResult {
   /** The GPUs that are this server's by the database: only these may it speak for. */
   readonly gpuUuids: readonly string[];
+  /** No longer reported since now. */
+  readonly goneUuids: readonly string[];
 }
+
+/** Rows of one server, those of GPUs that it no longer has included: an agent that makes up GPUs fills no disk. */
+export const maxGpuRowsPerServer = 256;
 
 type Health = "healthy" | "degraded" | "unhealthy" | "unknown";
 
@@ -27,6 +33,7 @@ interface GpuRow {
 /**
  * Writes what an agent reports of its server, in one transaction: the host's inventory and conditions, its
  * GPUs, and events for what changed. A session with an older epoch writes nothing (undefined).
+ * Throws PlatformError `too-many-gpus`.
  */
 export async function ingestInventory(
   deps: { readonly sql: Sql; readonly log: Logger; readonly states: ServerStates },
@@ -70,7 +77,9 @@ export async function ingestInventory(
       update servers set inventory = ${tx.json(asJson({ sha256: inventory.sha256, host: inventory.host }))},
         conditions = ${tx.json(asJson(conditions))}, updated_at = now()
       where id = ${serverId}`;
-    events.push(...(await writeGpus(tx, serverId, accepted, conditions)));
+    await makeRoom(tx, serverId, accepted);
+    const written = await writeGpus(tx, serverId, accepted, conditions);
+    events.push(...written.events);
     await appendEvents(tx, events);
     await deps.states.transition(tx, {
       serverId,
@@ -79,7 +88,34 @@ export async function ingestInventory(
       message: "",
       actor: "system",
     });
-    return { gpuUuids: accepted.map(({ gpu }) => gpu.uuid) };
+    return { gpuUuids: accepted.map(({ gpu }) => gpu.uuid), goneUuids: written.goneUuids };
+  });
+}
+
+/**
+ * Forgets the GPUs that were gone longest, where more are new than fit. What a tenant ever had is history, and
+ * what an operator closed or labelled is an operator's word: these stay.
+ */
+async function makeRoom(tx: TransactionSql, serverId: string, accepted: readonly Accepted[]): Promise<void> {
+  const arriving = accepted.filter(({ row }) => row?.server_id !== serverId).length;
+  if (arriving === 0) return;
+  const [count] = await tx<{ rows: number }[]>`
+    select count(*)::int as rows from gpus where server_id = ${serverId}`;
+  const surplus = (count?.rows ?? 0) + arriving - maxGpuRowsPerServer;
+  if (surplus <= 0) return;
+  const forgotten = await tx`
+    delete from gpus where id in (
+      select id from gpus g
+      where server_id = ${serverId} and not present and schedulable and labels = '{}'
+        and not exists (select 1 from claims c where c.gpu_id = g.id)
+        and not (uuid = any(${accepted.map(({ gpu }) => gpu.uuid)}))
+      order by updated_at, id limit ${surplus})`;
+  if (forgotten.count >= surplus) return;
+  throw new PlatformError({
+    code: "too-many-gpus",
+    kind: "invalid",
+    message: `the server has had ${maxGpuRowsPerServer} GPUs by now`,
+    hint: "If all of them were real: retire the server and enrol the host again.",
   });
 }
 
@@ -117,7 +153,7 @@ async function writeGpus(
   serverId: string,
   accepted: readonly Accepted[],
   conditions: Readonly<Record<string, StoredCondition>>,
-): Promise<NewEvent[]> {
+): Promise<{ readonly events: readonly NewEvent[]; readonly goneUuids: readonly string[] }> {
   const events: NewEvent[] = [];
   const rows = accepted.map(({ gpu, row }) => {
     const { health, reason } = gpuHealth(gpu, conditions);
@@ -175,7 +211,7 @@ async function writeGpus(
       inventory = excluded.inventory, health = excluded.health, health_reason = excluded.health_reason,
       mig_enabled = excluded.mig_enabled, present = true, updated_at = now()`;
   // What cannot read GPUs cannot say that one is gone: only an answer from nvidia-smi is evidence.
-  if (blindness(conditions) !== undefined) return events;
+  if (blindness(conditions) !== undefined) return { events, goneUuids: [] };
   const gone = await tx<{ id: string; uuid: string }[]>`
     update gpus set present = false, health = 'unknown', health_reason = 'not reported', updated_at = now()
     where server_id = ${serverId} and present and not (uuid = any(${rows.map((row) => row.uuid)}))
@@ -191,7 +227,7 @@ async function writeGpus(
       data: { uuid: gpu.uuid },
     });
   }
-  return events;
+  return { events, goneUuids: gone.map((gpu) => gpu.uuid) };
 }
 
 /** A GPU's own condition ("gpu-<index>") decides; without one, the state of what reads it. */

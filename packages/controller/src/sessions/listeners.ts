@@ -28,6 +28,8 @@ import { guardedAgentService } from "./wire-guard.ts";
 const concurrentStores = 6;
 const maxWaitingStores = 50_000;
 const stopDeadlineMs = 5000;
+/** Longer than any restart or repair that somebody waits for; what is older is Prometheus's to know. */
+const telemetryKeptMs = 3_600_000;
 
 const commonServerOptions: ServerOptions = {
   // A host that lost power sends no FIN.
@@ -44,6 +46,8 @@ export interface AgentListenerOptions {
   /** How often presence is compared with the database; default 5 s. */
   readonly presenceCheckMs?: number;
   readonly telemetry?: TelemetryOptions;
+  /** How often telemetry of GPUs that report no longer is looked for; default 5 min. */
+  readonly telemetrySweepMs?: number;
 }
 
 export interface AgentListeners {
@@ -74,6 +78,10 @@ export async function startAgentListeners(
     checkIntervalMs: options.presenceCheckMs ?? 5000,
   });
   const telemetry = createTelemetryStore(options.telemetry);
+  const sweep = setInterval(
+    () => telemetry.forgetOlderThan(deps.clock.now() - telemetryKeptMs),
+    options.telemetrySweepMs ?? 300_000,
+  ).unref();
   const counters = registerMetrics(deps, () => sessions.sessions().length, telemetry);
 
   const pending = new Set<AgentSession>();
@@ -175,6 +183,7 @@ export async function startAgentListeners(
     agentPort,
     caFingerprint: enrolment.caFingerprint,
     async stop() {
+      clearInterval(sweep);
       sessions.desiredStates.stop();
       sessions.endAll(Goodbye_Reason.SHUTTING_DOWN, "the controller stops");
       for (const session of pending) session.end(Goodbye_Reason.SHUTTING_DOWN, "the controller stops");

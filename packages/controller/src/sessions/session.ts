@@ -337,7 +337,7 @@ export class AgentSession {
   }
 
   async #take(raw: Inventory): Promise<void> {
-    const { deps, states, gate, allocations } = this.#with;
+    const { deps, states, gate, allocations, telemetry } = this.#with;
     const inventory = cleanInventory(raw);
     if (inventory.sha256 === this.#inventorySha256) return;
     const result = await gate.run(() =>
@@ -353,6 +353,7 @@ export class AgentSession {
     }
     this.#inventorySha256 = inventory.sha256;
     this.#gpus = new Set(result.gpuUuids);
+    for (const uuid of result.goneUuids) telemetry.forget(uuid);
     allocations.capacityChanged([this.serverId]);
     await deps.notifications.notify("fleet", this.serverId);
   }

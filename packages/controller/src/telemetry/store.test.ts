@@ -57,6 +57,17 @@ test("memory is bounded: a GPU too many is dropped, a forgotten one makes place"
   expect(store.latest("GPU-a")).toBeUndefined();
 });
 
+test("rings that nobody feeds any more make place", () => {
+  const store = createTelemetryStore({ samplesPerGpu: 4, maxGpus: 2 });
+  store.append("s", [bare("GPU-a", 1000), bare("GPU-b", 2000)]);
+  expect(store.forgetOlderThan(2000)).toBe(1);
+  expect(store.latest("GPU-a")).toBeUndefined();
+  expect(store.latest("GPU-b")?.timeUnixMs).toBe(2000);
+  store.append("s", [bare("GPU-c", 1)]);
+  expect(store.latest("GPU-c")?.timeUnixMs).toBe(1);
+  expect(store.statistics()).toMatchObject({ gpus: 2, dropped: 0 });
+});
+
 test("a GPU that moved to another server starts anew", () => {
   const store = createTelemetryStore();
   store.append("s", [full]);

@@ -103,13 +103,18 @@ export function createTelemetryStore(options: TelemetryOptions = {}): BoundedTel
     return slots - 1;
   }
 
+  function drop(gpuUuid: string, ring: Ring | undefined): void {
+    if (ring === undefined) return;
+    rings.delete(gpuUuid);
+    freeSlots.push(ring.slot);
+  }
+
   function ringFor(serverId: string, gpuUuid: string): Ring | undefined {
     const known = rings.get(gpuUuid);
     if (known !== undefined) {
       if (known.serverId === serverId) return known;
       // The GPU moved: the session layer lets a server report only GPUs that the database gives it.
-      rings.delete(gpuUuid);
-      freeSlots.push(known.slot);
+      drop(gpuUuid, known);
     }
     const slot = takeSlot();
     if (slot === undefined) return undefined;
@@ -230,10 +235,17 @@ export function createTelemetryStore(options: TelemetryOptions = {}): BoundedTel
     },
 
     forget(gpuUuid) {
-      const ring = rings.get(gpuUuid);
-      if (ring === undefined) return;
-      rings.delete(gpuUuid);
-      freeSlots.push(ring.slot);
+      drop(gpuUuid, rings.get(gpuUuid));
+    },
+
+    forgetOlderThan(timeUnixMs) {
+      let forgotten = 0;
+      for (const [gpuUuid, ring] of rings) {
+        if (ring.lastTimeMs >= timeUnixMs) continue;
+        drop(gpuUuid, ring);
+        forgotten += 1;
+      }
+      return forgotten;
     },
 
     statistics: () => ({

@@ -8,4 +8,6 @@ export interface TelemetryStore {
   latest(gpuUuid: string): GpuSample | undefined;
   /** Drops a GPU's ring (it left the fleet). */
   forget(gpuUuid: string): void;
+  /** Drops the rings whose newest sample is older: of servers that have been away since. Returns how many. */
+  forgetOlderThan(timeUnixMs: number): number;
 }
