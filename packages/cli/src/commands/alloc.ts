@@ -286,7 +286,7 @@ export const allocCreate = defineCommand({
     { flags: "--pull <policy>", description: "if_not_present, always or never" },
     { flags: "--restart <policy>", description: "never, on_failure or always" },
     { flags: "--lease <duration>", description: "such as 8h; counted from the container's start" },
-    { flags: "--priority <number>", description: "0 to 100, higher goes first" },
+    { flags: "--priority <number>", description: "0 to 100, higher goes first; for operators and admins" },
     { flags: "--name <name>", description: "for people" },
     { flags: "--tenant <tenant>", description: "for this tenant (name or id; administrators)" },
     { flags: "-f, --file <file>", description: 'the whole request as JSON; "-": standard input' },

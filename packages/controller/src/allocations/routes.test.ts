@@ -22,6 +22,35 @@ const request = { gpus: { count: 1, model: "H100" }, container: { image: "regist
 const create = (token: string, json: unknown = request, headers: Record<string, string> = {}) =>
   api.call("POST", "/api/v1/allocations", { token, json, headers });
 
+test("a tenant does not go before others; an operator may let it", async () => {
+  const urgent = { ...request, priority: 1 };
+  const refused = await create(acme.token, urgent);
+  expect(refused.status).toBe(403);
+  expect(refused.json).toMatchObject({ code: "priority-not-allowed" });
+  expect((await create(acme.token, { ...request, priority: 0 })).status).toBe(202);
+  const made = await create(operator, { ...urgent, priority: 100, tenant_id: acme.id });
+  expect(made.json).toMatchObject({ tenant_id: acme.id, priority: 100 });
+});
+
+test("a token has 32 live streams at most; one that ends makes room, and others' do not count", async () => {
+  const { token } = await api.makeTenant(`many-${uuidv7()}`);
+  const open = async (mine: string): Promise<Response> =>
+    await api.app.request("/api/v1/events", {
+      headers: { authorization: `Bearer ${mine}`, accept: "text/event-stream" },
+    });
+  const streams = await Promise.all(Array.from({ length: 32 }, () => open(token)));
+  expect(streams.map((stream) => stream.status)).toEqual(Array.from({ length: 32 }, () => 200));
+  const refused = await open(token);
+  expect(refused.status).toBe(429);
+  expect(await refused.json()).toMatchObject({ code: "too-many-streams" });
+  const other = await open(acme.token);
+  expect(other.status).toBe(200);
+  await streams[0]?.body?.cancel();
+  const again = await open(token);
+  expect(again.status).toBe(200);
+  for (const stream of [other, again, ...streams.slice(1)]) await stream.body?.cancel();
+});
+
 const anonymous = ({ instance: _i, request_id: _r, detail, ...rest }: Record<string, unknown>) => ({
   ...rest,
   detail: String(detail).replaceAll(/[0-9a-f-]{36}/g, "<id>"),

@@ -106,6 +106,14 @@ export function allocationRoutes(context: HttpContext): Route[] {
         422: "The body does not fit the schema, or the Idempotency-Key was used with another body",
       },
       async handle({ body, principal, header }) {
+        if (body.priority !== 0 && !principal.permissions.has("allocations:priority")) {
+          throw new PlatformError({
+            code: "priority-not-allowed",
+            kind: "forbidden",
+            message: "this token may not ask for a priority",
+            hint: "Leave priority out, or ask an operator to make the allocation for your tenant.",
+          });
+        }
         const key = idempotencyKey(header("idempotency-key"));
         const tenantId = await tenantFor(principal, body.tenant_id);
         const { tenant_id: _named, ...request } = body;

@@ -62,7 +62,7 @@ export interface IdentityService {
   revokeToken(tenantId: string | null, tokenId: string, actor: string): Promise<ApiToken>;
   /**
    * For answers that outlive their request (streams): aborts as soon as the token is no longer good. The
-   * caller ends the watch when its stream ends.
+   * caller ends the watch when its stream ends. Throws `too-many-streams`.
    */
   watch(tokenId: string): TokenWatch;
   stop(): void;
@@ -89,6 +89,8 @@ const cacheMs = 30_000;
 /** How often the tokens behind open streams are looked at, beside every revocation heard of. */
 const recheckMs = 15_000;
 const maxCachedTokens = 10_000;
+/** Live streams of events and logs that one token may have at a replica. */
+const maxStreamsPerToken = 32;
 /** Failed tries from one address: a burst, then one every five seconds. */
 const failureBurst = 20;
 const failuresPerSecond = 0.2;
@@ -451,6 +453,14 @@ export function createIdentityService(
     watch(tokenId) {
       const controller = new AbortController();
       const set = watched.get(tokenId) ?? new Set();
+      if (set.size >= maxStreamsPerToken) {
+        throw new PlatformError({
+          code: "too-many-streams",
+          kind: "exhausted",
+          message: `this token has ${maxStreamsPerToken} live streams of events and logs open`,
+          hint: "End some of them; one stream of events can serve many readers.",
+        });
+      }
       set.add(controller);
       watched.set(tokenId, set);
       return {

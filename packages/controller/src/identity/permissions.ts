@@ -4,6 +4,8 @@ export const permissions = [
   "allocations:write",
   // of every tenant, not only one's own
   "allocations:all",
+  // to go before others in the queue
+  "allocations:priority",
   "capacity:read",
   "events:read",
   "events:all",
@@ -37,6 +39,7 @@ const member: readonly Permission[] = [
 const operator: readonly Permission[] = [
   ...member,
   "allocations:all",
+  "allocations:priority",
   "events:all",
   "servers:read",
   "servers:write",
