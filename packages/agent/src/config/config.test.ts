@@ -40,6 +40,16 @@ test("all faults are told together, by name", () => {
   }
 });
 
+test("metrics are for the host itself unless the operator says otherwise", () => {
+  expect(loadConfig(needed).PALEBLUEDOT_METRICS_HOST).toBe("127.0.0.1");
+});
+
+test("registries that are allowed come as a comma list", () => {
+  expect(loadConfig(needed).PALEBLUEDOT_REGISTRY_ALLOW).toEqual([]);
+  const given = { ...needed, PALEBLUEDOT_REGISTRY_ALLOW: "localhost:5000, 127.0.0.1:5001," };
+  expect(loadConfig(given).PALEBLUEDOT_REGISTRY_ALLOW).toEqual(["localhost:5000", "127.0.0.1:5001"]);
+});
+
 test("a metrics certificate without its key is refused", () => {
   const given = { ...needed, PALEBLUEDOT_METRICS_TLS_CERT_FILE: "/etc/palebluedot/metrics.pem" };
   expect(() => loadConfig(given)).toThrow(

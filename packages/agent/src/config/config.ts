@@ -33,7 +33,8 @@ const configSchema = z.object({
   DOCKER_CERT_PATH: z.string().min(1).optional(),
   /** 0: any free port; absent: no metrics are served. */
   PALEBLUEDOT_METRICS_PORT: port.optional(),
-  PALEBLUEDOT_METRICS_HOST: z.string().min(1).default("0.0.0.0"),
+  /** Who else may read what every tenant does is for the operator to decide. */
+  PALEBLUEDOT_METRICS_HOST: z.string().min(1).default("127.0.0.1"),
   PALEBLUEDOT_METRICS_TOKEN_FILE: z.string().min(1).optional(),
   PALEBLUEDOT_METRICS_TLS_CERT_FILE: z.string().min(1).optional(),
   PALEBLUEDOT_METRICS_TLS_KEY_FILE: z.string().min(1).optional(),

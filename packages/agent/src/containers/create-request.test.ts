@@ -99,6 +99,7 @@ describe("request to create a container", () => {
       IpcMode: "private",
       PidsLimit: 4096,
       CapAdd: ["IPC_LOCK"],
+      CapDrop: ["AUDIT_WRITE", "MKNOD", "NET_RAW"],
       RestartPolicy: { Name: "no" },
       Mounts: [{ Type: "bind", Source: "/managed/alloc-1/data", Target: "/data", ReadOnly: true }],
       PortBindings: { "80/tcp": [{ HostIp: "10.0.0.1", HostPort: "" }] },

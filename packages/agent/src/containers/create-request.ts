@@ -8,7 +8,7 @@ import {
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { GpuMode } from "../reconcile/options.ts";
 import type { CdiSpecification } from "./detect.ts";
-import { safeEnvironment } from "./policy.ts";
+import { droppedCapabilities, safeEnvironment } from "./policy.ts";
 
 /** Labels by which a container is found again. The image cannot forge them: all of them are always set. */
 export const labelNames = {
@@ -145,6 +145,7 @@ export function buildCreateRequest(options: {
   const { spec, workload, handover } = options;
   const ports = spec.ports.map((port) => ({ ...port, key: `${port.containerPort}/${port.protocol}` }));
   const memory = spec.memoryBytes;
+  const added = spec.addedCapabilities.map((name) => name.toUpperCase().replace(/^CAP_/, ""));
   return {
     // The id, not the name: what was inspected is what runs, though the tag may have moved meanwhile.
     Image: options.imageId,
@@ -177,7 +178,8 @@ export function buildCreateRequest(options: {
       Init: true,
       // The agent restarts: it counts, backs off and knows whether the GPUs are there.
       RestartPolicy: { Name: "no", MaximumRetryCount: 0 },
-      CapAdd: spec.addedCapabilities.map((name) => name.toUpperCase().replace(/^CAP_/, "")),
+      CapAdd: added,
+      CapDrop: droppedCapabilities.filter((name) => !added.includes(name)),
       SecurityOpt: ["no-new-privileges:true"],
       PidsLimit: spec.pids > 0 ? spec.pids : defaultPids,
       ...(spec.cpuMillicores > 0 ? { NanoCpus: spec.cpuMillicores * 1_000_000 } : {}),

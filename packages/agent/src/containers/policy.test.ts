@@ -29,6 +29,8 @@ describe("container policy", () => {
     ["SYS_ADMIN", { addedCapabilities: ["SYS_ADMIN"] }, "refused-capability"],
     ["cap_net_admin in small letters", { addedCapabilities: ["cap_net_admin"] }, "refused-capability"],
     ["ALL", { addedCapabilities: ["ALL"] }, "refused-capability"],
+    ["NET_RAW", { addedCapabilities: ["NET_RAW"] }, "refused-capability"],
+    ["MKNOD", { addedCapabilities: ["CAP_MKNOD"] }, "refused-capability"],
     ["IPC_LOCK for RDMA", { addedCapabilities: ["CAP_IPC_LOCK", "SYS_PTRACE"] }, "allowed"],
     ["the root directory", { volumes: [{ name: "v", mountPath: "/v", hostPath: "/" }] }, "refused-host-path"],
     [

@@ -17,8 +17,8 @@ export interface PolicyContext {
 }
 
 /**
- * Capabilities a container may have: the engine's defaults (naming them changes nothing), and those that
- * RDMA registration (IPC_LOCK), NUMA pinning (SYS_NICE) and profilers (SYS_PTRACE, in the container's own
+ * Capabilities a container may have: those of the engine's defaults that it gets anyway (naming them changes
+ * nothing), AUDIT_WRITE, which it does not get unasked, and those that RDMA registration (IPC_LOCK), NUMA pinning (SYS_NICE) and profilers (SYS_PTRACE, in the container's own
  * process namespace) need.
  */
 const allowedCapabilities: ReadonlySet<string> = new Set([
@@ -28,9 +28,7 @@ const allowedCapabilities: ReadonlySet<string> = new Set([
   "FOWNER",
   "FSETID",
   "KILL",
-  "MKNOD",
   "NET_BIND_SERVICE",
-  "NET_RAW",
   "SETFCAP",
   "SETGID",
   "SETPCAP",
@@ -40,6 +38,12 @@ const allowedCapabilities: ReadonlySet<string> = new Set([
   "SYS_NICE",
   "SYS_PTRACE",
 ]);
+
+/**
+ * Of the engine's defaults, what tenants do not get. NET_RAW sends packets in the name of neighbours on the
+ * same bridge, MKNOD makes device nodes, AUDIT_WRITE writes into the host's audit log.
+ */
+export const droppedCapabilities = ["AUDIT_WRITE", "MKNOD", "NET_RAW"] as const;
 
 const allowedUlimits = new Set([
   "core",
@@ -210,7 +214,7 @@ export function checkPolicy(workload: WorkloadDesired, context: PolicyContext): 
       refuse(
         "capability",
         `capability ${JSON.stringify(capability.slice(0, 40))} is not allowed`,
-        `Allowed beyond the defaults: IPC_LOCK, SYS_NICE, SYS_PTRACE.`,
+        "Allowed beyond the defaults: AUDIT_WRITE, IPC_LOCK, SYS_NICE, SYS_PTRACE.",
       );
     }
   }

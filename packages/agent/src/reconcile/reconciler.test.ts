@@ -65,6 +65,20 @@ describe.skipIf(fixture.why !== "")(`containers on a real Docker Engine${fixture
     expect(forged).toEqual([]);
   });
 
+  test("a container can neither send raw packets nor make device nodes", async () => {
+    await stand.restart();
+    await stand.reconciler.setDesired(
+      document(1, [workload("caps", script("grep CapEff /proc/self/status; mknod /tmp/n c 1 3 || echo no"))]),
+    );
+    await stand.phase("caps", "EXITED");
+    const text = await output(stand.reconciler, "caps");
+    const effective = BigInt(`0x${/CapEff:\s*([0-9a-f]+)/.exec(text)?.[1] ?? "0"}`);
+    expect(effective).not.toBe(0n);
+    // NET_RAW is 13, MKNOD 27, AUDIT_WRITE 29.
+    for (const bit of [13n, 27n, 29n]) expect((effective >> bit) & 1n).toBe(0n);
+    expect(text).toContain("no\n");
+  });
+
   test("output is told apart by stream, follows a running container and ends with it", async () => {
     await stand.restart();
     await stand.reconciler.setDesired(
