@@ -129,6 +129,7 @@ async function startParts(
     desiredStateChanged: (serverIds) => listeners?.registry.desiredStateChanged(serverIds),
     isConnectedHere: (serverId) => listeners?.registry.isConnected(serverId) === true,
     eventsAppended: () => events.poke(),
+    provisioningSeconds: config.PALEBLUEDOT_PROVISIONING_SECONDS,
   });
   const agents = await startAgentListeners(deps, { allocations: allocations.agentPort });
   listeners = agents;
@@ -140,7 +141,12 @@ async function startParts(
     jobs: [
       ...createHousekeepingJobs(sql),
       eventRetentionJob(config, events),
-      countOverdueJob(sql, allocationMetrics(metrics), () => systemClock.now()),
+      countOverdueJob(
+        sql,
+        allocationMetrics(metrics),
+        () => systemClock.now(),
+        config.PALEBLUEDOT_PROVISIONING_SECONDS * 1000,
+      ),
     ],
     leadership,
     log,

@@ -312,6 +312,18 @@ describe("what an agent says is judged", () => {
   });
 });
 
+/** What the reconciler makes of it, looking every five minutes for so long. */
+async function stateAfter(id: string, minutes: number): Promise<string> {
+  for (let passed = 0; passed < minutes; passed += 5) {
+    now += 300_000;
+    await feature.reconciler.runOnce();
+  }
+  return (await feature.service.get(caller, id)).state;
+}
+
+const overdueStarts = async (): Promise<number> =>
+  (await countOverdue(database.sql, allocationMetrics(feature.metrics), now))["provisioning"] ?? 0;
+
 describe("time", () => {
   test("a lease that ran out releases; an extended one does not", async () => {
     const one = await scheduled();
@@ -339,12 +351,42 @@ describe("time", () => {
 
   test("a start that takes too long fails with what was last heard", async () => {
     const { id, serverId } = await scheduled();
-    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.PULLING));
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.ACCEPTED));
     now += 300_000;
     await feature.reconciler.runOnce();
     const after = await feature.service.get(caller, id);
     expect(after).toMatchObject({ state: "releasing", end_reason: "failed" });
-    expect(after.message).toMatch(/did not start the container within 5 minutes; last heard: .*pulling/);
+    expect(after.message).toMatch(/did not start the container within 5 minutes; last heard: .*taken/);
+  });
+
+  test("a large image may take an hour while its server says that it pulls, and no longer", async () => {
+    const { id, serverId } = await scheduled();
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.PULLING));
+    expect(await stateAfter(id, 40)).toBe("provisioning");
+    expect(await overdueStarts()).toBe(0);
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.CREATING));
+    expect(await stateAfter(id, 15)).toBe("provisioning");
+    expect(await stateAfter(id, 5)).toBe("releasing");
+    const after = await feature.service.get(caller, id);
+    expect(after.message).toMatch(/did not start the container within 60 minutes; last heard: .*creating/);
+  });
+
+  test("a server that falls silent while it pulls has five minutes to come back", async () => {
+    const { id, serverId } = await scheduled();
+    await observe(serverId, workloadReport(id, WorkloadObserved_Phase.PULLING));
+    expect(await stateAfter(id, 20)).toBe("provisioning");
+    const { sql } = database;
+    await sql`
+      update servers set disconnected_at = ${new Date(now)}, conditions = '{"unreachable": {"status": "failed"}}'
+      where id = ${serverId}`;
+    now += 299_000;
+    await feature.reconciler.runOnce();
+    expect((await feature.service.get(caller, id)).state).toBe("provisioning");
+    now += 301_000;
+    await feature.reconciler.runOnce();
+    const after = await feature.service.get(caller, id);
+    expect(after).toMatchObject({ state: "releasing", end_reason: "failed" });
+    expect(after.message).toMatch(/is unreachable/);
   });
 
   test("a release that does not come clean is made known again and again, and holds on to its GPUs", async () => {

@@ -19,6 +19,8 @@ export interface AllocationFeatureOptions {
   /** Events were committed: the relay may look at once. Must not throw. */
   readonly eventsAppended?: () => void;
   readonly policy?: PlacementPolicy;
+  /** How long a start may take while its agent pulls the image or makes the container; default 3600. */
+  readonly provisioningSeconds?: number;
   /** For tests; default: a lease named "scheduler". */
   readonly leadership?: Leadership;
 }
@@ -138,6 +140,7 @@ export function createAllocationFeature(
         writer,
         onTransitioned,
         pokeScheduler: () => scheduler.poke(),
+        provisioningMs: (options.provisioningSeconds ?? 3600) * 1000,
       }),
     ],
   });

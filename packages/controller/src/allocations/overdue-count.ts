@@ -15,6 +15,7 @@ export async function countOverdue(
   sql: Sql,
   metrics: Pick<AllocationMetrics, "overdue">,
   now: number,
+  provisioningMs = 3_600_000,
 ): Promise<Readonly<Record<string, number>>> {
   const rules = passing.map((state) => ({
     state,
@@ -25,6 +26,8 @@ export async function countOverdue(
     from jsonb_to_recordset(${JSON.stringify(rules)}::text::jsonb) as rule(state text, before timestamptz)
     join allocations allocation on allocation.state = rule.state and allocation.state_since < rule.before
     where allocation.state in ('scheduled', 'provisioning', 'active', 'releasing')
+      and not (allocation.state = 'provisioning' and allocation.observed ->> 'phase' in ('pulling', 'creating')
+        and allocation.state_since >= ${new Date(now - provisioningMs)})
     group by allocation.state`;
   const counts = Object.fromEntries(rows.map((row) => [row.state, row.count]));
   for (const state of passing) metrics.overdue.set({ state }, counts[state] ?? 0);
@@ -32,13 +35,18 @@ export async function countOverdue(
 }
 
 /** Counts every 30 seconds on the replica that leads; one that leads no more takes its numbers back. */
-export function countOverdueJob(sql: Sql, metrics: AllocationMetrics, now: () => number): PeriodicJob {
+export function countOverdueJob(
+  sql: Sql,
+  metrics: AllocationMetrics,
+  now: () => number,
+  provisioningMs: number,
+): PeriodicJob {
   let term: AbortSignal | undefined;
   return {
     name: "count-overdue",
     cron: "*/30 * * * * *",
     async run(signal) {
-      await countOverdue(sql, metrics, now());
+      await countOverdue(sql, metrics, now(), provisioningMs);
       if (term === signal) return;
       term = signal;
       signal.addEventListener("abort", () => metrics.overdue.reset(), { once: true });

@@ -19,7 +19,12 @@ interface DueRow {
   message: string;
   server_name: string | null;
   unreachable: boolean;
+  disconnected_at: Date | null;
+  phase: string | null;
 }
+
+/** The agent is at work that takes as long as the image is large. */
+const workingPhases: readonly string[] = ["pulling", "creating"];
 
 /**
  * What happens when an allocation stays in a state for longer than it should: leases expire, starts that
@@ -33,6 +38,8 @@ export function createOverdueHandler(options: {
   readonly writer: TransitionWriter;
   readonly onTransitioned: (done: readonly Transitioned[]) => void;
   readonly pokeScheduler: () => void;
+  /** How long a start may take in all while its agent says that it pulls the image or makes the container. */
+  readonly provisioningMs: number;
 }): ReconcileHandler {
   const { sql, clock, log, writer } = options;
 
@@ -41,7 +48,8 @@ export function createOverdueHandler(options: {
     const rows = await sql<DueRow[]>`
       select allocation.id, allocation.tenant_id, allocation.state, allocation.state_since, allocation.server_id,
         allocation.expires_at, allocation.message, server.name as server_name,
-        coalesce(server.conditions ? 'unreachable', false) as unreachable
+        coalesce(server.conditions ? 'unreachable', false) as unreachable, server.disconnected_at,
+        allocation.observed ->> 'phase' as phase
       from allocations allocation left join servers server on server.id = allocation.server_id
       where allocation.id = any(${items.map((item) => item.key)}::uuid[]) and allocation.state <> 'ended'`;
     const attempts = new Map(items.map((item) => [item.key, item.attempt]));
@@ -64,6 +72,13 @@ export function createOverdueHandler(options: {
       row.state === "active"
         ? (row.expires_at?.getTime() ?? now)
         : row.state_since.getTime() + (rule.allowanceMs ?? 0);
+    if (row.state === "provisioning" && dueAt <= now) {
+      const until = workingUntil(row, rule.allowanceMs ?? 0);
+      if (until > now) {
+        // Looked at again before that: its server may fall silent.
+        return { kind: "wait", until: new Date(Math.min(until, now + (rule.allowanceMs ?? 0))) };
+      }
+    }
     if (dueAt > now) return { kind: "wait", until: new Date(dueAt) };
     switch (rule.overdue) {
       case "poke-scheduler":
@@ -77,7 +92,7 @@ export function createOverdueHandler(options: {
           serverId: row.server_id,
           endReason: "failed",
           severity: "warning",
-          message: startTimeoutMessage(row, rule.allowanceMs ?? 0),
+          message: startTimeoutMessage(row, now - row.state_since.getTime()),
         });
         return { kind: "moved" };
       case "expire":
@@ -109,11 +124,19 @@ export function createOverdueHandler(options: {
     }
   }
 
+  /** Until when a start may go on (ms since the epoch) whose agent works on it; 0 when none does. */
+  function workingUntil(row: DueRow, silenceMs: number): number {
+    if (row.phase === null || !workingPhases.includes(row.phase)) return 0;
+    const bound = row.state_since.getTime() + options.provisioningMs;
+    if (!row.unreachable) return bound;
+    return Math.min(bound, (row.disconnected_at?.getTime() ?? 0) + silenceMs);
+  }
+
   return { kind: "allocation", batchSize: 200, handle };
 }
 
-function startTimeoutMessage(row: DueRow, allowanceMs: number): string {
-  const minutes = Math.round(allowanceMs / 60_000);
+function startTimeoutMessage(row: DueRow, tookMs: number): string {
+  const minutes = Math.round(tookMs / 60_000);
   const server = row.server_name ?? "the server";
   if (row.unreachable)
     return `${server} is unreachable and did not start the container within ${minutes} minutes`;

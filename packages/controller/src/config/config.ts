@@ -46,6 +46,8 @@ export const configSchema = z.object({
   PALEBLUEDOT_RATE_LIMIT_PER_SECOND: z.coerce.number().min(1).max(100_000).default(500),
   /** Events older than this go, unless NATS has yet to take them. */
   PALEBLUEDOT_EVENT_RETENTION_DAYS: z.coerce.number().min(0.01).max(3650).default(30),
+  /** How long a start may take while its agent pulls the image; agents give a pull up after 60 minutes. */
+  PALEBLUEDOT_PROVISIONING_SECONDS: z.coerce.number().int().min(300).max(86_400).default(3600),
   /** How long open requests and streams may take to end at shutdown. */
   PALEBLUEDOT_SHUTDOWN_SECONDS: z.coerce.number().min(0).max(600).default(10),
   /** Names one fail-point to die at (tests only): see reconciler/failpoints.ts. */
