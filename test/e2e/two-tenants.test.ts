@@ -1,7 +1,7 @@
 import { execFileSync } from "node:child_process";
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { eventually } from "../../packages/simulator/src/cluster/eventually.ts";
 import type { Api, Json } from "../../packages/simulator/src/cluster/api.ts";
 import { isAvailable, startDockerEngine, type TestDockerEngine } from "../support/docker-engine.ts";
@@ -75,6 +75,15 @@ describe.skipIf(unavailable !== undefined)(
       await platform?.[Symbol.asyncDispose]();
       await engine?.stop();
     });
+    // A test that failed half way must not take the GPUs of the next one.
+    afterEach(async () => {
+      const left = async (): Promise<Json[]> =>
+        (await platform.admin.get("/api/v1/allocations?limit=500")).items.filter(
+          (each: Json) => each.state !== "ended",
+        );
+      for (const each of await left()) await platform.admin.delete(`/api/v1/allocations/${each.id}`);
+      await eventually("nothing is left", async () => (await left()).length === 0, { timeoutMs: 60_000 });
+    });
 
     it("gives each tenant its own devices and nothing of the other, and frees exactly what is released", async () => {
       const red = await platform.tenant("red");
@@ -129,7 +138,7 @@ describe.skipIf(unavailable !== undefined)(
       });
       const waiting = await eventually("it says why it waits", async () => {
         const seen = await green.api.get(`/api/v1/allocations/${second.id}`);
-        return seen.message === "" ? undefined : seen;
+        return seen.message.includes("free") ? seen : undefined;
       });
       expect(waiting.state).toBe("queued");
       expect(waiting.message).toMatch(/\b2\b/);
