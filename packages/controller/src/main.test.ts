@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { afterAll, afterEach, describe, expect, test } from "vitest";
 import { z } from "zod";
+import { readMigrations } from "./db/migrate.ts";
 
 /** The controller as its users run it: a process with an embedded PostgreSQL. */
 
@@ -229,8 +230,8 @@ describe("palebluedot-controller", () => {
   test("migrate brings the schema up and ends", async () => {
     const { code, stdout } = await launch(["migrate"], { PALEBLUEDOT_DATA_DIR: join(dir, "third") }).finished;
     expect(code).toBe(0);
-    expect(JSON.parse(stdout)).toMatchObject({
-      applied: ["0001_initial.sql", "0002_output_tail.sql", "0003_enrolment_approval.sql"],
-    });
+    const all = (await readMigrations()).map((migration) => migration.name);
+    expect(all.length).toBeGreaterThan(1);
+    expect(JSON.parse(stdout)).toMatchObject({ applied: all });
   });
 });

@@ -18,11 +18,12 @@ const nic = (name: string, addresses: string[]) => ({ name, addresses, operation
 async function withInventory(
   name: string,
   host: unknown,
+  sessionAddress: string | null,
   labels: Record<string, string> = {},
 ): Promise<void> {
   const { id } = await api.makeServer(name);
   await api.deps.sql`
-    update servers set inventory = ${api.deps.sql.json({ host } as never)}, labels = ${api.deps.sql.json(labels)}
+    update servers set inventory = ${api.deps.sql.json({ host } as never)}, session_address = ${sessionAddress}, labels = ${api.deps.sql.json(labels)}
     where id = ${id}`;
 }
 
@@ -289,34 +290,32 @@ describe("enrolment through REST", () => {
 });
 
 describe("service discovery for Prometheus", () => {
-  test("names each agent's own address, scheme and place", async () => {
-    await withInventory("p-plain", {
-      metricsPort: 9835,
-      hostname: "p-plain",
-      networkInterfaces: [
-        nic("lo", ["127.0.0.1"]),
-        nic("docker0", ["172.17.0.1"]),
-        nic("eth0", ["10.0.0.5/24"]),
-      ],
-    });
-    await withInventory("p-six", {
-      metricsPort: 9835,
-      metricsTls: true,
-      networkInterfaces: [nic("eth0", ["fe80::1", "2001:db8::5"])],
-    });
-    await withInventory("p-name", { metricsPort: 9835, hostname: "gpu7.example", networkInterfaces: [] });
+  test("names the address that each agent's session comes from, not what the agent says, with scheme and place", async () => {
     await withInventory(
-      "p-nat",
-      { metricsPort: 9835, hostname: "inner", networkInterfaces: [] },
-      { "metrics-address": "gw.example:1234" },
+      "p-plain",
+      {
+        metricsPort: 9835,
+        hostname: "metadata.internal",
+        networkInterfaces: [nic("eth0", ["169.254.169.254/16"])],
+      },
+      "10.0.0.5",
     );
-    await withInventory("p-none", { hostname: "silent", networkInterfaces: [] });
+    await withInventory("p-six", { metricsPort: 9835, metricsTls: true }, "2001:db8::5");
+    await withInventory(
+      "p-never",
+      { metricsPort: 9835, hostname: "database.internal", networkInterfaces: [] },
+      null,
+    );
+    await withInventory("p-nat", { metricsPort: 9835, hostname: "inner" }, "192.0.2.1", {
+      "metrics-address": "gw.example:1234",
+    });
+    await withInventory("p-none", { hostname: "silent", networkInterfaces: [] }, "10.0.0.6");
     const groups = await prometheusTargets(api.deps.sql);
     const of = (name: string) => groups.find((group) => group.labels["server"] === name);
     expect(of("p-plain")?.targets).toEqual(["10.0.0.5:9835"]);
     expect(of("p-plain")?.labels["__scheme__"]).toBe("http");
     expect(of("p-six")).toMatchObject({ targets: ["[2001:db8::5]:9835"], labels: { __scheme__: "https" } });
-    expect(of("p-name")?.targets).toEqual(["gpu7.example:9835"]);
+    expect(of("p-never")).toBeUndefined();
     expect(of("p-nat")).toMatchObject({
       targets: ["gw.example:1234"],
       labels: { __meta_palebluedot_label_metrics_address: "gw.example:1234" },

@@ -13,7 +13,7 @@ import { createTestDatabase, type TestDatabase } from "../db/testing.ts";
 import { cleanInventory, maxGpusPerServer } from "../servers/clean-inventory.ts";
 import { ingestInventory, maxGpuRowsPerServer } from "../servers/ingest-inventory.ts";
 import { createServerStates } from "../servers/state-machine.ts";
-import { startAgentListeners, type AgentListeners } from "./listeners.ts";
+import { addressOf, startAgentListeners, type AgentListeners } from "./listeners.ts";
 import {
   eventually,
   MemoryAllocations,
@@ -118,6 +118,25 @@ async function ready(joined: EnrolledPeer, uuids: readonly string[]): Promise<Te
   await eventually(async () => (await row(joined.serverId)).state === "available" || undefined);
   return agent;
 }
+
+test("where a session comes from is what the listener sees", async () => {
+  const joined = await peer.join(token);
+  await session(joined).answer("welcome");
+  const [stored] = await database.sql<{ address: string }[]>`
+    select session_address as address from servers where id = ${joined.serverId}`;
+  expect(stored?.address).toBe("127.0.0.1");
+});
+
+test.each([
+  ["10.0.0.5:4711", "10.0.0.5"],
+  ["::ffff:10.0.0.5:4711", "10.0.0.5"],
+  ["2001:db8::5:4711", "2001:db8::5"],
+  ["[2001:db8::5]:4711", "2001:db8::5"],
+  ["fe80::1%eth0:4711", null],
+  ["unknown", null],
+])("the socket's %s is the address %s", (remote, address) => {
+  expect(addressOf(remote)).toBe(address);
+});
 
 test("a revoked certificate opens no session, not even for a moment", async () => {
   const joined = await peer.join(token);

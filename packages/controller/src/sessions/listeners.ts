@@ -1,3 +1,4 @@
+import { isIP } from "node:net";
 import { Server, ServerCredentials, status, type ServerOptions } from "@grpc/grpc-js";
 import { maxEnrolmentMessageBytes, maxSessionMessageBytes } from "@palebluedot/shared/agent-link.ts";
 import { PlatformError } from "@palebluedot/shared/errors.ts";
@@ -111,7 +112,7 @@ export async function startAgentListeners(
 
   const agentService: AgentServiceServer = {
     session: (call) => {
-      const peer = peerOf(call.getAuthContext().sslPeerCertificate);
+      const peer = peerOf(call.getAuthContext().sslPeerCertificate, call.getPeer());
       if (peer === undefined) {
         call.emit("error", { code: status.UNAUTHENTICATED, details: "no certificate of a server" });
         return;
@@ -119,7 +120,7 @@ export async function startAgentListeners(
       pending.add(new AgentSession(peer, call, sessionDependencies));
     },
     uploadLogs: (call, callback) => {
-      const peer = peerOf(call.getAuthContext().sslPeerCertificate);
+      const peer = peerOf(call.getAuthContext().sslPeerCertificate, call.getPeer());
       // Only a live session is told to open streams, so an agent without one has nothing to upload.
       if (peer === undefined || !sessions.isConnected(peer.serverId)) {
         callback({ code: status.UNAUTHENTICATED, details: "no session" });
@@ -196,6 +197,7 @@ export async function startAgentListeners(
 /** The server that a verified certificate names. */
 function peerOf(
   certificate: { subjectaltname?: string; serialNumber: string; valid_to: string } | undefined,
+  remote: string,
 ): Peer | undefined {
   const serverId = serverIdOf(certificate?.subjectaltname);
   if (certificate === undefined || serverId === undefined) return undefined;
@@ -203,7 +205,21 @@ function peerOf(
     serverId,
     certificateSerial: certificate.serialNumber.toLowerCase(),
     certificateNotAfterMs: Date.parse(certificate.valid_to),
+    remoteAddress: addressOf(remote),
   };
+}
+
+/**
+ * The address in "<address>:<port>" as the socket tells it, without brackets; an IPv4 address that came to a
+ * dual-stack socket is told as what it is. Null when there is none that others could use.
+ */
+export function addressOf(remote: string): string | null {
+  const address = remote
+    .replace(/:\d+$/, "")
+    .replace(/^\[(.*)\]$/, "$1")
+    .replace(/^::ffff:(?=\d+\.)/i, "");
+  // With a zone it means something on this machine only.
+  return isIP(address) === 0 || address.includes("%") ? null : address;
 }
 
 function bind(server: Server, host: string, port: number, credentials: ServerCredentials): Promise<number> {

@@ -28,6 +28,7 @@ export async function startSession(
   session: {
     readonly serverId: string;
     readonly certificateSerial: string;
+    readonly remoteAddress: string | null;
     readonly replicaId: string;
     readonly hello: Hello;
   },
@@ -57,7 +58,8 @@ export async function startSession(
     )
     update servers s set session_epoch = s.session_epoch + 1, session_replica = ${session.replicaId},
       connected_at = now(), disconnected_at = null, conditions = s.conditions - 'unreachable',
-      agent_version = ${version}, agent_capabilities = ${capabilities}, boot_id = ${bootId}, updated_at = now()
+      agent_version = ${version}, agent_capabilities = ${capabilities}, boot_id = ${bootId},
+      session_address = ${session.remoteAddress}, updated_at = now()
     from old where s.id = old.id
     returning s.session_epoch::float8 as epoch, s.name as "serverName", s.state, old.inventory_sha256 as "inventorySha256",
       array(select uuid from gpus where server_id = s.id and present) as "gpuUuids",

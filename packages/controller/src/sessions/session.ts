@@ -57,6 +57,8 @@ export interface Peer {
   readonly serverId: string;
   readonly certificateSerial: string;
   readonly certificateNotAfterMs: number;
+  /** Of the socket; null when it has none that means anything elsewhere. */
+  readonly remoteAddress: string | null;
 }
 
 /** One control stream. Its server is the one that the certificate names, whatever the messages say. */
@@ -190,6 +192,7 @@ export class AgentSession {
         startSession(deps.sql, {
           serverId: this.serverId,
           certificateSerial: this.peer.certificateSerial,
+          remoteAddress: this.peer.remoteAddress,
           replicaId: deps.replicaId,
           hello,
         }),
