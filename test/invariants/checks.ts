@@ -21,6 +21,9 @@ export const databaseInvariants: Readonly<Record<string, (sql: Sql) => Promise<r
     select server_id from claims where released_at is null
     group by server_id having max(server_exclusive) = 1 and count(distinct allocation_id) > 1`,
 
+  "a live claim is on a GPU of its server": (sql) => sql`
+    select claims.id from claims join gpus on gpus.id = claims.gpu_id
+    where claims.released_at is null and gpus.server_id <> claims.server_id`,
   "claims are of well-formed ranges": (sql) => sql`
     select id from claims
     where isempty(slots) or isempty(lane) or (mode = 'whole' and (slots <> '[0,)' or lane <> '[0,)'))

@@ -24,13 +24,15 @@ interface Claim {
 let database: TestDatabase;
 let server = "";
 let gpus: string[] = [];
+let elsewhere = "";
 let first = "";
 let second = "";
 
 beforeAll(async () => {
   database = await createTestDatabase();
   const tenant = await seedTenant(database.sql);
-  const [seeded] = await seedServers(database.sql, { count: 1, gpus: 2 });
+  const [seeded, other] = await seedServers(database.sql, { count: 2, gpus: 2 });
+  elsewhere = other?.gpus[0]?.id ?? "";
   server = seeded?.id ?? "";
   gpus = seeded?.gpus.map((gpu) => gpu.id) ?? [];
   [first, second] = [uuidv7(), uuidv7()];
@@ -133,6 +135,12 @@ const attacks: Record<string, Attack> = {
     breaks: "claims are of well-formed ranges",
     claims: () => [{ allocation: first, slots: "empty" }],
   },
+  "a GPU of another server": {
+    constraint: "claims_gpu_of_server",
+    drop: dropConstraint("claims_gpu_of_server"),
+    breaks: "a live claim is on a GPU of its server",
+    claims: () => [{ allocation: first, gpu: elsewhere }],
+  },
   "release before the use ended": {
     constraint: "claims_check",
     drop: dropConstraint("claims_check"),
@@ -155,6 +163,9 @@ async function attempt(run: (sql: Sql) => Promise<void>): Promise<void> {
     });
 }
 
+const move = (sql: Sql) => sql`
+  update gpus set server_id = (select server_id from gpus where id = ${elsewhere}) where id = ${gpus[0] ?? ""}`;
+
 describe("claims are kept apart by the database", () => {
   test.each(Object.entries(attacks))("%s", async (_name, attack) => {
     const write = async (sql: Sql): Promise<void> => {
@@ -171,6 +182,21 @@ describe("claims are kept apart by the database", () => {
       await write(sql);
       const found = await databaseInvariants[attack.breaks]?.(sql);
       expect(found, `without ${attack.constraint}`).not.toEqual([]);
+    });
+  });
+
+  test("a claimed GPU moves to no other server; a released one does, and its history stays", async () => {
+    await expect(
+      attempt(async (sql) => {
+        await insert(sql, { allocation: first });
+        await move(sql);
+      }),
+    ).rejects.toMatchObject({ constraint_name: "claims_gpu_of_server" });
+    await attempt(async (sql) => {
+      await insert(sql, { allocation: first });
+      await sql`update claims set usage_ended_at = now(), released_at = now()`;
+      await move(sql);
+      expect(await sql`select server_id from claims`).toEqual([{ server_id: server }]);
     });
   });
 
