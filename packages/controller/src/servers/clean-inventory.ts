@@ -103,6 +103,7 @@ export function cleanStrings(value: unknown): unknown {
     return value.replace(invisible, " ").slice(0, maxStringLength).trim().toWellFormed();
   }
   if (Array.isArray(value)) return value.map(cleanStrings);
-  if (typeof value !== "object" || value === null) return value;
+  // Bytes stay bytes: taken apart by their indices they would be an object of numbers.
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) return value;
   return Object.fromEntries(Object.entries(value).map(([key, member]) => [key, cleanStrings(member)]));
 }
