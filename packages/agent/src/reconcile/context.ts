@@ -9,6 +9,7 @@ import type { ContainerEngineClient } from "../containers/engine.ts";
 import type { VolumeStore } from "../containers/volumes.ts";
 import type { EngineFacts } from "./engine-watch.ts";
 import type { GpuGate } from "./gpu-gate.ts";
+import type { ImageAccess } from "./image-access.ts";
 import type { ReconcilerOptions, ReconcilerTimings } from "./options.ts";
 import type { RecordStore, WorkloadRecord } from "./records.ts";
 
@@ -16,6 +17,7 @@ import type { RecordStore, WorkloadRecord } from "./records.ts";
 export interface WorkloadContext {
   readonly client: ContainerEngineClient;
   readonly volumes: VolumeStore;
+  readonly images: ImageAccess;
   readonly gate: GpuGate;
   readonly records: RecordStore;
   readonly gpuMonitor: ReconcilerOptions["gpuMonitor"];

@@ -48,7 +48,11 @@ describe.skipIf(!isAvailable(started))(`convergence on a real Docker Engine${why
     const registry = net.createServer((socket) => sockets.add(socket.on("error", () => undefined)));
     await new Promise<void>((resolve) => registry.listen(0, "127.0.0.1", resolve));
     const { port } = registry.address() as net.AddressInfo;
-    const stand = await createStand({ dockerHost: engine.dockerHost, timings: { pullStallMs: 60_000 } });
+    const stand = await createStand({
+      dockerHost: engine.dockerHost,
+      engine: { allowedRegistries: [`127.0.0.1:${port}`] },
+      timings: { pullStallMs: 60_000 },
+    });
     try {
       await stand.restart();
       const slow = Array.from({ length: 12 }, (_, index) =>

@@ -22,6 +22,7 @@ import { createDesiredStore, type DesiredStore } from "./desired-store.ts";
 import { createDiskReserve, type DiskReserve } from "./disk-reserve.ts";
 import { createEngineWatch, type EngineWatch } from "./engine-watch.ts";
 import { createGpuGate } from "./gpu-gate.ts";
+import { createImageAccess } from "./image-access.ts";
 import type { ReconcilerOptions, ReconcilerTimings } from "./options.ts";
 import { createRecordStore } from "./records.ts";
 import type { Reconciler, WorkloadEvent } from "./types.ts";
@@ -343,6 +344,7 @@ export function createReconciler(options: ReconcilerOptions): Reconciler {
       const context: WorkloadContext = {
         client,
         volumes: await createVolumeStore(dataDir),
+        images: await createImageAccess(dataDir, disk),
         gate: createGpuGate(() => {
           for (const workload of workloads.values()) workload.kick();
         }),

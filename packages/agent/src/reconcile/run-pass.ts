@@ -1,6 +1,7 @@
 import { stat } from "node:fs/promises";
 import { fullJitterMs } from "@palebluedot/shared/backoff.ts";
 import { errorMessage, isPlatformError } from "@palebluedot/shared/errors.ts";
+import { parseImageReference } from "@palebluedot/shared/image-reference.ts";
 import {
   ContainerSpec_PullPolicy,
   ContainerSpec_RestartPolicy,
@@ -413,9 +414,13 @@ async function provideImage(
 ): Promise<ImageFacts | Next> {
   const { client, clock } = context;
   const always = spec.pullPolicy === ContainerSpec_PullPolicy.ALWAYS;
+  const { canonical } = parseImageReference(spec.image);
+  const { tenantId } = state.desired;
+  const present = await client.inspectImage(spec.image);
+  const wasOpen = present !== undefined && context.images.isOpen(canonical, present.id);
   if (!always) {
-    const local = await client.inspectImage(spec.image);
-    if (local) return local;
+    // What another tenant pulled with its credential is not there for this one.
+    if (present && context.images.mayUse(tenantId, canonical, present.id)) return present;
     if (spec.pullPolicy === ContainerSpec_PullPolicy.NEVER) {
       return fail(
         state,
@@ -427,6 +432,7 @@ async function provideImage(
   }
   state.report({ phase: Phase.PULLING, reason: "", message: `pulling ${spec.image}` });
   let toldAtUnixMs = clock.now();
+  if (spec.registry && !wasOpen) await context.images.beginPrivatePull(canonical);
   try {
     await client.pull(spec.image, spec.registry, {
       stallMs: context.timings.pullStallMs,
@@ -442,6 +448,9 @@ async function provideImage(
     if (!isPlatformError(error) || error.code !== "image-pull-failed") {
       if (!isRefused(error)) throw error;
     }
+    if (spec.registry && !(await client.inspectImage(spec.image))) {
+      await context.images.endPrivatePull(canonical);
+    }
     state.attempts += 1;
     if (state.attempts >= maxPullAttempts) {
       return fail(state, context, "image-pull-failed", errorMessage(error));
@@ -450,5 +459,9 @@ async function provideImage(
     return backOff(state, context);
   }
   state.attempts = 0;
-  return (await client.inspectImage(spec.image)) ?? backOff(state, context);
+  const pulled = await client.inspectImage(spec.image);
+  if (!pulled) return backOff(state, context);
+  const isPrivate = spec.registry !== undefined && !(wasOpen && present.id === pulled.id);
+  await context.images.pulled(tenantId, canonical, pulled.id, isPrivate);
+  return pulled;
 }
