@@ -191,9 +191,9 @@ export function createSession(options: SessionOptions): Session {
             apply(message.value);
             return;
           case "eventAck":
-            if (message.value.journalId !== options.journal.journalId) return;
-            upstream.acked(message.value.lastSequence);
-            forget(message.value.lastSequence);
+            if (upstream.acked(message.value.journalId, message.value.lastSequence)) {
+              forget(message.value.lastSequence);
+            }
             return;
           case "command":
             command(client, message.value, AbortSignal.any([signal, abort.signal]));

@@ -96,13 +96,23 @@ test("one batch of events is under way at a time, and a new stream starts where 
       message.$case === "durableEvents" ? message.value.events.map((event) => event.sequence) : [],
     );
   expect(sent(stream)).toHaveLength(100);
-  upstream.acked(100);
+  expect(upstream.acked("j", 100)).toBe(true);
   expect(sent(stream)).toHaveLength(200);
   // The stream breaks before the second batch is acknowledged; the controller has 150 of it.
   upstream.detach();
   const next = new NarrowStream(100);
   upstream.attach(next, 150);
   expect(sent(next)).toEqual(Array.from({ length: 100 }, (_unused, index) => 151 + index));
+});
+
+test("an acknowledgement of another journal counts for nothing", () => {
+  const upstream = new Upstream(memoryJournal(250));
+  const stream = new NarrowStream(100);
+  upstream.attach(stream, 0);
+  expect(upstream.acked("another", 100)).toBe(false);
+  expect(stream.taken).toHaveLength(1);
+  expect(upstream.acked("j", 100)).toBe(true);
+  expect(stream.taken).toHaveLength(2);
 });
 
 test("a message without an encoding is dropped and told, and the stream goes on", () => {

@@ -106,9 +106,12 @@ export class Upstream {
     this.flush();
   }
 
-  acked(sequence: number): void {
+  /** False: the acknowledgement is of another journal, whose sequences mean nothing in this one. */
+  acked(journalId: string, sequence: number): boolean {
+    if (journalId !== this.#journal.journalId) return false;
     this.#eventsAcked = Math.max(this.#eventsAcked, sequence);
     this.flush();
+    return true;
   }
 
   flush(): void {
