@@ -46,6 +46,8 @@ export interface AgentListenerOptions {
   readonly unreachableAfterMs?: number;
   /** How often presence is compared with the database; default 5 s. */
   readonly presenceCheckMs?: number;
+  /** How many sessions each check compares; default 2000. */
+  readonly presenceComparedAtOnce?: number;
   readonly telemetry?: TelemetryOptions;
   /** How often telemetry of GPUs that report no longer is looked for; default 5 min. */
   readonly telemetrySweepMs?: number;
@@ -77,6 +79,9 @@ export async function startAgentListeners(
   const presence = createPresence(deps, sessions, options.allocations, {
     unreachableAfterMs: options.unreachableAfterMs ?? 30_000,
     checkIntervalMs: options.presenceCheckMs ?? 5000,
+    ...(options.presenceComparedAtOnce === undefined
+      ? {}
+      : { comparedAtOnce: options.presenceComparedAtOnce }),
   });
   const telemetry = createTelemetryStore(options.telemetry);
   const sweep = setInterval(

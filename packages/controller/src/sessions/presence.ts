@@ -1,8 +1,10 @@
+import { setImmediate } from "node:timers/promises";
 import { errorMessage } from "@palebluedot/shared/errors.ts";
 import { Goodbye_Reason } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { AllocationAgentPort } from "../allocations/types.ts";
 import type { Dependencies } from "../dependencies.ts";
 import type { LocalSessions } from "./registry.ts";
+import type { AgentSession } from "./session.ts";
 import {
   dropReplicaLease,
   endSessions,
@@ -18,6 +20,8 @@ export interface PresenceOptions {
   readonly unreachableAfterMs: number;
   /** How often the database is compared with the sessions here. */
   readonly checkIntervalMs: number;
+  /** Sessions that one check compares; default 2000. */
+  readonly comparedAtOnce?: number;
 }
 
 /**
@@ -33,6 +37,12 @@ export interface Presence {
   stop(): Promise<void>;
 }
 
+/**
+ * Most sessions that one look compares with the database. A look comes with every check, so that lost
+ * notifications are made up for within some checks, and a large fleet is not read whole every time.
+ */
+const defaultComparedAtOnce = 2000;
+
 export function createPresence(
   deps: Dependencies,
   sessions: LocalSessions,
@@ -40,6 +50,7 @@ export function createPresence(
   options: PresenceOptions,
 ): Presence {
   const { sql, replicaId } = deps;
+  const comparedAtOnce = options.comparedAtOnce ?? defaultComparedAtOnce;
   const leaseTtlMs = Math.max(options.checkIntervalMs * 4, 30_000);
   const ended = new Map<string, number>();
   const unsubscribe: (() => void)[] = [];
@@ -62,18 +73,67 @@ export function createPresence(
     }
   }
 
-  async function dropStale(): Promise<void> {
-    const mine = sessions.sessions().map((session) => ({
+  async function dropStale(some: readonly AgentSession[]): Promise<void> {
+    const mine = some.map((session) => ({
       serverId: session.serverId,
       epoch: session.epoch,
       serial: session.peer.certificateSerial,
     }));
     for (const stale of await findStale(sql, mine)) {
-      const session = sessions.sessions().find((one) => one.serverId === stale.serverId);
+      const session = sessions.get(stale.serverId);
       if (session === undefined || session.epoch > stale.epoch) continue;
       if (stale.why === "revoked") session.end(Goodbye_Reason.REVOKED, "the certificate was revoked");
       else session.end(Goodbye_Reason.FENCED, "a newer session of the same certificate took over");
     }
+  }
+
+  // Where the last look ended, in the order of the sessions.
+  let comparedUpTo = 0;
+
+  async function dropSomeStale(): Promise<void> {
+    const all = sessions.sessions();
+    if (comparedUpTo >= all.length) comparedUpTo = 0;
+    const some = all.slice(comparedUpTo, comparedUpTo + comparedAtOnce);
+    comparedUpTo += comparedAtOnce;
+    await dropStale(some);
+  }
+
+  // What to look at as soon as the look under way has ended; however often it is asked for, that is one look.
+  const suspects = new Set<string>();
+  let allSuspect = false;
+  let looking: Promise<void> | undefined;
+
+  async function lookAtSuspects(): Promise<void> {
+    // Those who ask in the same moment come along, too.
+    await setImmediate();
+    while (!stopped && (allSuspect || suspects.size > 0)) {
+      const some = allSuspect
+        ? sessions.sessions()
+        : [...suspects].flatMap((serverId) => sessions.get(serverId) ?? []);
+      suspects.clear();
+      allSuspect = false;
+      for (let at = 0; at < some.length; at += comparedAtOnce) {
+        await dropStale(some.slice(at, at + comparedAtOnce));
+      }
+    }
+  }
+
+  /** `serverId` absent: any of them. */
+  function suspect(serverId?: string): void {
+    if (serverId === undefined) allSuspect = true;
+    else if (sessions.get(serverId) === undefined) return;
+    else suspects.add(serverId);
+    looking ??= look();
+  }
+
+  async function look(): Promise<void> {
+    try {
+      await lookAtSuspects();
+    } catch (error) {
+      // Not kept: the next checks look at everybody.
+      deps.log.warn({ err: errorMessage(error) }, "sessions could not be compared with the database");
+    }
+    looking = undefined;
   }
 
   function endExpired(): void {
@@ -89,7 +149,7 @@ export function createPresence(
       endExpired();
       await renewReplicaLease(sql, replicaId, leaseTtlMs);
       await releaseDeadReplicas(sql);
-      await dropStale();
+      await dropSomeStale();
       const lost = await markUnreachable(sql, options.unreachableAfterMs);
       if (lost.length > 0) {
         deps.log.warn({ servers: lost.length }, "servers became unreachable");
@@ -112,16 +172,15 @@ export function createPresence(
     async start() {
       await releaseOwn(sql, replicaId);
       await renewReplicaLease(sql, replicaId, leaseTtlMs);
-      const recheck = (): void => {
-        dropStale().catch((error: unknown) =>
-          deps.log.warn({ err: errorMessage(error) }, "sessions could not be compared with the database"),
-        );
-      };
       unsubscribe.push(
-        deps.notifications.listen("certificates", recheck, recheck),
+        deps.notifications.listen(
+          "certificates",
+          (serverId) => suspect(serverId),
+          () => suspect(),
+        ),
         deps.notifications.listen("sessions", (payload) => {
           const [serverId = "", epoch = ""] = payload.split(":");
-          const session = sessions.sessions().find((one) => one.serverId === serverId);
+          const session = sessions.get(serverId);
           if (session !== undefined && session.epoch < Number(epoch)) {
             sessions.disconnect(serverId, "fenced", "a newer session took over at another replica");
           }
@@ -148,6 +207,7 @@ export function createPresence(
       clearTimeout(flushTimer);
       for (const end of unsubscribe) end();
       await checking;
+      await looking;
       await flush();
       await dropReplicaLease(sql, replicaId).catch((error: unknown) =>
         deps.log.warn({ err: errorMessage(error) }, "the replica's lease was not given back"),

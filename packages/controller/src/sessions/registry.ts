@@ -19,6 +19,7 @@ const aliveMs = 15_000;
 export interface LocalSessions extends SessionRegistry {
   readonly desiredStates: DesiredStates;
   sessions(): readonly AgentSession[];
+  get(serverId: string): AgentSession | undefined;
   /** The session's server is its own from now on; an older session here is fenced. */
   started(session: AgentSession, started: StartedSession): void;
   /** True when the session held its server until now. */
@@ -60,6 +61,7 @@ export function createLocalSessions(
   return {
     desiredStates,
     sessions: () => [...byServer.values()],
+    get: (serverId) => byServer.get(serverId),
     connected: () => byServer.keys(),
     isConnected: (serverId) => byServer.has(serverId),
 

@@ -350,6 +350,31 @@ test("a session at another replica fences this one, and revocation there ends it
   }
 });
 
+test("revocations that nobody heard of are noticed, at whatever place the session is", async () => {
+  const otherDeps = testDependencies(database.sql, { replicaId: "small-steps" });
+  const other = await startAgentListeners(otherDeps, {
+    allocations: new MemoryAllocations(),
+    presenceCheckMs: 20,
+    presenceComparedAtOnce: 2,
+  });
+  try {
+    const joined: EnrolledPeer[] = [];
+    for (let n = 0; n < 5; n += 1) joined.push(await peer.join(token));
+    const sessions = joined.map((one) => session({ ...one, agentPort: other.agentPort }));
+    for (const one of sessions) await one.answer("welcome");
+    const revoked = [0, 2, 4];
+    await database.sql`
+      update certificates set revoked_at = now()
+      where server_id = any(${revoked.map((n) => joined[n]?.serverId ?? "")}::uuid[])`;
+    for (const n of revoked) expect((await sessions[n]?.answer("goodbye"))?.reason).toBe(2);
+    await eventually(() => revoked.every((n) => sessions[n]?.ended) || undefined);
+    expect(sessions.map((one) => one.ended)).toEqual([true, false, true, false, true]);
+  } finally {
+    await other.stop();
+    await otherDeps.close();
+  }
+});
+
 test("malformed protobuf ends its stream and no other", async () => {
   const [good, bad] = [await peer.join(token), await peer.join(token)];
   const steady = session(good);
