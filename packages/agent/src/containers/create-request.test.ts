@@ -2,12 +2,14 @@ import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import {
+  type ContainerSpec,
   GpuInventory,
   WorkloadDesired,
   WorkloadDesired_Target,
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { describe, expect, test } from "vitest";
 import { buildCreateRequest, readLabels, specHash, type GpuHandover } from "./create-request.ts";
+import type { HostShare } from "./host-share.ts";
 import { describeEngine, detectGpuMode, readCdiSpecification } from "./detect.ts";
 
 const gpus = [0, 1].map((index) =>
@@ -27,9 +29,9 @@ const workload = WorkloadDesired.fromPartial({
   },
 });
 
-function request(handover: Partial<GpuHandover>) {
-  const spec = workload.container;
-  if (!spec) throw new Error("no container");
+function request(handover: Partial<GpuHandover>, share?: HostShare, limits: Partial<ContainerSpec> = {}) {
+  if (!workload.container) throw new Error("no container");
+  const spec = { ...workload.container, ...limits };
   return buildCreateRequest({
     workload,
     spec,
@@ -41,6 +43,7 @@ function request(handover: Partial<GpuHandover>) {
     publishAddress: "10.0.0.1",
     ownerId: "owner",
     incarnation: "inc",
+    share,
   }) as { Env: string[]; HostConfig: Record<string, unknown>; Labels: Record<string, string> };
 }
 
@@ -109,6 +112,21 @@ describe("request to create a container", () => {
       allocationId: "alloc-1",
       specHash: specHash(workload),
       gpuUuids: ["GPU-0", "GPU-1"],
+    });
+  });
+
+  test("limits: what was asked for, else the share of the host; never more processes than the ceiling", () => {
+    const share = { memoryBytes: 8e9, cpuMillicores: 4000 };
+    expect(request({}, share).HostConfig).toMatchObject({
+      Memory: 8e9,
+      MemorySwap: 8e9,
+      NanoCpus: 4_000_000_000,
+    });
+    const asked = { memoryBytes: 1e9, cpuMillicores: 500, pids: 4_000_000 };
+    expect(request({}, share, asked).HostConfig).toMatchObject({
+      Memory: 1e9,
+      NanoCpus: 500_000_000,
+      PidsLimit: 65_536,
     });
   });
 

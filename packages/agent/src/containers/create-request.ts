@@ -8,6 +8,7 @@ import {
 } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import type { GpuMode } from "../reconcile/options.ts";
 import type { CdiSpecification } from "./detect.ts";
+import type { HostShare } from "./host-share.ts";
 import { droppedCapabilities, safeEnvironment } from "./policy.ts";
 
 /** Labels by which a container is found again. The image cannot forge them: all of them are always set. */
@@ -128,6 +129,8 @@ function gpuSettings(handover: GpuHandover): {
 
 /** Programs with many threads fit; a fork bomb does not take the host down. */
 const defaultPids = 4096;
+/** Beyond this one container could take all process ids that a host has. */
+const maxPids = 65_536;
 
 /** Body of the engine's "create container". Pure: the policy was checked and volumes were made before. */
 export function buildCreateRequest(options: {
@@ -141,10 +144,13 @@ export function buildCreateRequest(options: {
   readonly publishAddress: string;
   readonly ownerId: string;
   readonly incarnation: string;
+  /** Limits where the tenant asked for none. */
+  readonly share: HostShare | undefined;
 }): Record<string, unknown> {
   const { spec, workload, handover } = options;
   const ports = spec.ports.map((port) => ({ ...port, key: `${port.containerPort}/${port.protocol}` }));
-  const memory = spec.memoryBytes;
+  const memory = spec.memoryBytes > 0 ? spec.memoryBytes : (options.share?.memoryBytes ?? 0);
+  const millicores = spec.cpuMillicores > 0 ? spec.cpuMillicores : (options.share?.cpuMillicores ?? 0);
   const added = spec.addedCapabilities.map((name) => name.toUpperCase().replace(/^CAP_/, ""));
   return {
     // The id, not the name: what was inspected is what runs, though the tag may have moved meanwhile.
@@ -181,8 +187,8 @@ export function buildCreateRequest(options: {
       CapAdd: added,
       CapDrop: droppedCapabilities.filter((name) => !added.includes(name)),
       SecurityOpt: ["no-new-privileges:true"],
-      PidsLimit: spec.pids > 0 ? spec.pids : defaultPids,
-      ...(spec.cpuMillicores > 0 ? { NanoCpus: spec.cpuMillicores * 1_000_000 } : {}),
+      PidsLimit: spec.pids > 0 ? Math.min(spec.pids, maxPids) : defaultPids,
+      ...(millicores > 0 ? { NanoCpus: millicores * 1_000_000 } : {}),
       // Equal to memory: no swap.
       ...(memory > 0 ? { Memory: memory, MemorySwap: memory } : {}),
       ...(spec.shmBytes > 0 ? { ShmSize: spec.shmBytes } : {}),

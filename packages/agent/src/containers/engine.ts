@@ -17,6 +17,8 @@ const versionSchema = z.object({
 export type EngineVersion = z.infer<typeof versionSchema>;
 
 const infoSchema = z.object({
+  MemTotal: nullish(z.number()),
+  NCPU: nullish(z.number()),
   Runtimes: nullish(z.record(z.string(), z.unknown())),
   CDISpecDirs: nullish(z.array(z.string())),
   DiscoveredDevices: nullish(z.array(z.object({ Source: nullish(z.string()), ID: nullish(z.string()) }))),

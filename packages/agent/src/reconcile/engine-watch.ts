@@ -15,12 +15,14 @@ import {
   type CdiSpecification,
 } from "../containers/detect.ts";
 import type { ContainerEngineClient } from "../containers/engine.ts";
+import type { EngineCapacity } from "../containers/host-share.ts";
 import type { GpuMode } from "./options.ts";
 
 export interface EngineFacts {
   readonly engine: ContainerEngine;
   readonly gpuMode: GpuMode;
   readonly cdi: CdiSpecification | undefined;
+  readonly capacity: EngineCapacity;
 }
 
 /** Knows whether the engine answers, and tells of container events at once. Unknown is not "gone". */
@@ -87,7 +89,8 @@ export function createEngineWatch(options: EngineWatchOptions): EngineWatch {
     const info = await client.info();
     const cdi = await readCdiSpecification(info.CDISpecDirs ?? []);
     const gpuMode = options.gpuModeOverride ?? detectGpuMode(version, info, cdi);
-    const fresh = { engine: describeEngine(version, gpuMode), gpuMode, cdi };
+    const capacity = { memoryBytes: info.MemTotal ?? 0, cpus: info.NCPU ?? 0 };
+    const fresh = { engine: describeEngine(version, gpuMode), gpuMode, cdi, capacity };
     await options.onConnected(fresh);
     if (beginAnew) throw new Error("asked to begin anew");
     facts = fresh;

@@ -1,5 +1,6 @@
 import { readFileSync } from "node:fs";
 import { readdir, stat } from "node:fs/promises";
+import { cpus, totalmem } from "node:os";
 import { join } from "node:path";
 import {
   ContainerSpec_RestartPolicy as Restart,
@@ -138,6 +139,22 @@ describe.skipIf(fixture.why !== "")(`containers on a real Docker Engine${fixture
       LogConfig: { Type: "json-file", Config: { "max-file": "4", "max-size": "16m" } },
     });
     expect(stand.events.map((event) => event.type)).toContain("container.oom-killed");
+  });
+
+  test("a container that asks for no limits gets its GPUs' share of the host", async () => {
+    await stand.restart();
+    const [gpu = ""] = stand.gpus.uuids;
+    await stand.reconciler.setDesired(
+      document(1, [workload("modest", script("exit 0"), { gpuUuids: [gpu] })]),
+    );
+    const { containerId } = await stand.phase("modest", "EXITED");
+    const { HostConfig } = await fixture.inspect(containerId);
+    // One of four GPUs.
+    const memory = Number(HostConfig["Memory"]);
+    expect(memory).toBeGreaterThan(totalmem() * 0.2);
+    expect(memory).toBeLessThanOrEqual(totalmem() / 4);
+    expect(HostConfig["MemorySwap"]).toBe(memory);
+    expect(HostConfig["NanoCpus"]).toBe((cpus().length / 4) * 1e9);
   });
 
   test("restart policy: on failure up to the limit, counted over a restart of the agent", async () => {

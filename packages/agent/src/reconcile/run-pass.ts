@@ -18,6 +18,7 @@ import {
   readLabels,
 } from "../containers/create-request.ts";
 import type { ImageFacts, InspectedContainer } from "../containers/engine.ts";
+import { hostShare } from "../containers/host-share.ts";
 import { checkPolicy } from "../containers/policy.ts";
 import { readOutputTail } from "./output-tail.ts";
 import { again, backOff, settled, type Next, type WorkloadContext, type WorkloadState } from "./context.ts";
@@ -390,6 +391,11 @@ async function startNew(
       publishAddress: context.publishAddress,
       ownerId: context.ownerId,
       incarnation: context.incarnation(),
+      share: hostShare(
+        facts.capacity,
+        state.desired.gpuUuids.length,
+        context.gpuMonitor.snapshot().gpus.length,
+      ),
     });
     containerId = (await client.create(containerName(context.ownerId, allocationId), body)).id;
   } catch (error) {
