@@ -10,6 +10,7 @@ import {
   type TestFeature,
 } from "../allocations/testing.ts";
 import type { AllocationCaller } from "../allocations/types.ts";
+import { type EventFilter, listEvents } from "../events/event-row.ts";
 import { sequenceOutbox } from "../events/sequencer.ts";
 import { createTestDatabase, type TestDatabase } from "./testing.ts";
 import { recordPlans, type ExecutedPlan, type PlanRecorder } from "./testing-plans.ts";
@@ -124,6 +125,21 @@ describe("statements of an allocation's life", () => {
     await database.sql`analyze`;
     expect(wholeReads(await lifeOfAnAllocation())).toEqual([]);
   }, 180_000);
+
+  test("lists of events find the few that there are of a type, a severity or a GPU", async () => {
+    const gpuId = "01900000-0000-7000-8000-0000000000aa";
+    const filters: EventFilter[] = [{ typePrefixes: ["gpu.", "x"] }, { severities: ["error"] }, { gpuId }];
+    for (const filter of filters) {
+      for (let round = 0; round < executions; round += 1) {
+        recorder.take();
+        await listEvents(recorder.sql, { limit: 50, order: "descending", filter });
+      }
+      const plans = recorder.take();
+      expect(plans.length).toBeGreaterThan(0);
+      const slow = plans.filter((plan) => plan.durationMs > 10);
+      expect(slow, JSON.stringify(filter)).toEqual([]);
+    }
+  });
 
   test("a statement that does is noticed", async () => {
     recorder.take();
