@@ -335,7 +335,11 @@ export class World {
     if (mood === "lies") {
       for (const id of this.#accepted) {
         const here = document.workloads.some((workload) => workload.allocationId === id);
-        if (!here) workloads.push(workloadReport(id, WorkloadObserved_Phase.CLEAN));
+        if (here) continue;
+        workloads.push(workloadReport(id, WorkloadObserved_Phase.CLEAN));
+        // By the time the report arrives the allocation may have come to this very server and been given back:
+        // then the word of the host about its own GPUs is all there is. Of another's it must count for nothing.
+        agent.cleaned.add(id);
       }
     }
     return {
