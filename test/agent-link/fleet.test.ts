@@ -1,8 +1,15 @@
 import { afterAll, beforeAll, expect, test } from "vitest";
 import { WorkloadDesired_Target } from "@palebluedot/shared/generated/palebluedot/agent/v1/agent.ts";
 import { createTestDatabase, type TestDatabase } from "../../packages/controller/src/db/testing.ts";
-import { startAgentListeners, type AgentListeners } from "../../packages/controller/src/sessions/listeners.ts";
-import { eventually, MemoryAllocations, testDependencies } from "../../packages/controller/src/sessions/testing.ts";
+import {
+  startAgentListeners,
+  type AgentListeners,
+} from "../../packages/controller/src/sessions/listeners.ts";
+import {
+  eventually,
+  MemoryAllocations,
+  testDependencies,
+} from "../../packages/controller/src/sessions/testing.ts";
 import { startFleet } from "../../packages/simulator/src/fleet/fleet.ts";
 
 let database: TestDatabase;
