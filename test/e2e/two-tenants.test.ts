@@ -75,12 +75,12 @@ describe.skipIf(unavailable !== undefined)(
       await platform?.[Symbol.asyncDispose]();
       await engine?.stop();
     });
+    const left = async (): Promise<Json[]> =>
+      (await platform.admin.get("/api/v1/allocations?limit=500")).items.filter(
+        (each: Json) => each.state !== "ended",
+      );
     // A test that failed half way must not take the GPUs of the next one.
     afterEach(async () => {
-      const left = async (): Promise<Json[]> =>
-        (await platform.admin.get("/api/v1/allocations?limit=500")).items.filter(
-          (each: Json) => each.state !== "ended",
-        );
       for (const each of await left()) await platform.admin.delete(`/api/v1/allocations/${each.id}`);
       await eventually("nothing is left", async () => (await left()).length === 0, { timeoutMs: 60_000 });
     });
