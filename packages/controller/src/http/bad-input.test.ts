@@ -245,15 +245,15 @@ describe("every answer", () => {
 
   test("tells nothing of a bug but the request's id", async () => {
     const original = api.deps.sql;
-    await original`alter table servers rename to servers_away`;
+    await original`alter table servers rename to servers_hidden`;
     try {
       const answer = await api.call("GET", "/api/v1/servers", { headers: { "x-request-id": "bug-1" } });
       await expectProblem(answer, 500, "internal-error");
-      expect(JSON.stringify(answer.json)).not.toMatch(/relation|servers_away|select/);
+      expect(JSON.stringify(answer.json)).not.toMatch(/relation|servers_hidden|select/);
       const line = api.logLines.find((entry) => entry["request_id"] === "bug-1");
       expect(String(line?.["error"])).toContain("relation");
     } finally {
-      await original`alter table servers_away rename to servers`;
+      await original`alter table servers_hidden rename to servers`;
     }
   });
 
